@@ -1,0 +1,96 @@
+"""The contract that every detector keeps, whether it teaches or learns.
+
+A detector is an `nn.Module` whose forward pass returns tensors only, the same in train and eval mode. That is what lets
+any detector teach any other, and what lets one pruner trace, cut and rebuild all of them.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class DenseOutput(NamedTuple):
+    """What a dense one-stage detector's forward pass returns; every tuple has one entry a pyramid level, fine to coarse.
+
+    Attributes:
+        features: pyramid maps, (B, C, H, W) each.
+        class_logits: (B, K, H, W) each, before the sigmoid; no background class.
+        box_distances: (B, 4, H, W) each: left, top, right and bottom distance from the location to the box's edges, in
+            units of the level's stride, never negative.
+    """
+
+    features: tuple[Tensor, ...]
+    class_logits: tuple[Tensor, ...]
+    box_distances: tuple[Tensor, ...]
+
+
+@dataclass
+class Detections:
+    """The decoded detections of one image, best first.
+
+    Attributes:
+        boxes: (N, 4) xyxy, pixels of the image that the network saw.
+        scores: (N,) in [0, 1].
+        labels: (N,) int64 class indices.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class Detector(nn.Module, ABC):
+    """A detector of any family.
+
+    Subclasses take plain keyword arguments and keep in `class_names` the names their labels stand for.
+    """
+
+    class_names: list[str]
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> DenseOutput:
+        """Raw outputs, tensors only, the same in train and eval mode.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1]; the detector normalises them for itself.
+        """
+
+    @abstractmethod
+    def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The detector's own training losses, one float32 scalar each.
+
+        Args:
+            output: what `forward` returned for the batch.
+            targets: one dict an image: `boxes` (N, 4) xyxy in input pixels and `labels` (N,) int64; N may be 0.
+        """
+
+    @abstractmethod
+    def decode(self, output: DenseOutput, image_sizes: list[tuple[int, int]]) -> list[Detections]:
+        """Final detections.
+
+        Args:
+            output: what `forward` returned for the batch.
+            image_sizes: (height, width) of the valid part of each input image, in pixels; boxes are clipped to it.
+        """
+
+    @property
+    @abstractmethod
+    def strides(self) -> tuple[int, ...]:
+        """Input pixels per cell of each pyramid level, fine to coarse."""
+
+    @property
+    @abstractmethod
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of each pyramid level, read from the live weights, so that it is right after a cut."""
+
+    @property
+    @abstractmethod
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        """The layers whose outputs mean something by position (class scores, box edges); no pruner may narrow them."""
+
+    @property
+    @abstractmethod
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per RGB channel, for images in [0, 1], that this network expects."""
