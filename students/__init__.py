@@ -1,0 +1,9 @@
+"""Detectors that can be trained and pruned: the contract, its parts, its families, and how they are kept on disk."""
+
+from students.artifact import FAMILIES, build, load, read_info, save
+from students.detector import DenseOutput, Detections, Detector
+from students.plan import Plan, apply_plan
+
+__all__ = [
+    "FAMILIES", "DenseOutput", "Detections", "Detector", "Plan", "apply_plan", "build", "load", "read_info", "save",
+]

@@ -6,9 +6,11 @@ any detector teach any other, and what lets one pruner trace, cut and rebuild al
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from students.plan import Plan
 
 
 class DenseOutput(NamedTuple):
@@ -42,12 +44,17 @@ class Detections:
 
 
 class Detector(nn.Module, ABC):
-    """A detector of any family.
+    """A detector of any family. Subclasses take plain keyword arguments, so that a recipe can be written down.
 
-    Subclasses take plain keyword arguments and keep in `class_names` the names their labels stand for.
+    Attributes:
+        class_names: the names that labels stand for, in label order.
+        recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
+        plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
     """
 
     class_names: list[str]
+    recipe: dict[str, Any]
+    plans: list[Plan]
 
     @abstractmethod
     def forward(self, images: Tensor) -> DenseOutput:

@@ -1,0 +1,45 @@
+"""What there is to choose from, as `train.py --list` prints it."""
+
+from pathlib import Path
+
+from distill.config import FeatureMimicConfig, FPNAttentionConfig, SoftLabelConfig
+from distill.pruning.importance import IMPORTANCES
+from students.artifact import FAMILIES
+from students.backbone import WEIGHT_PACKAGES
+from students.pyramid import NECKS
+
+LOSSES = {"soft labels": SoftLabelConfig, "feature mimic": FeatureMimicConfig, "FPN attention": FPNAttentionConfig}
+
+
+def catalog() -> dict[str, list[str]]:
+    """Everything that a config can name, by heading."""
+    return {
+        "configs": sorted(f"{path}  {summary_line(path)}" for path in Path("configs").glob("*.yaml")),
+        "detectors (student.name)": sorted(FAMILIES),
+        "necks (student.neck)": sorted(NECKS),
+        "backbones (student.backbone)": ["any timm model with feature maps at the strides of student.levels"],
+        "weights (student.weights)": [
+            "none",
+            "imagenet  from timm's hub; " + ", ".join(sorted(WEIGHT_PACKAGES)) + " from the [weights] extra, offline",
+            "PATH  a .pth or .safetensors file with timm's names",
+        ],
+        "losses (losses.*.name)": [
+            f"{name}  {family}"
+            for family, model in LOSSES.items()
+            for name in model.model_fields["name"].annotation.__args__
+        ],
+        "importance (pruning.importance)": sorted(IMPORTANCES),
+    }
+
+
+def summary_line(config: Path) -> str:
+    """A config's first comment line."""
+    first = config.read_text().partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def print_catalog() -> None:
+    for heading, entries in catalog().items():
+        print(f"{heading}:")
+        for entry in entries:
+            print(f"  {entry}")

@@ -1,0 +1,215 @@
+"""Reads and augments one image at a time, and gathers images into batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from distill.data.augment import Augmentation
+from distill.data.images import UnreadableImageError, read_image
+from distill.data.index import DetectionIndex
+from distill.data.sampler import Address, EpochSampler
+from distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageMeta:
+    """Where an image of a batch comes from, and how it was fitted into the input.
+
+    For the evaluation transform, input pixel = original pixel * scale + offset. A crop or a flip comes before that and
+    is not recorded.
+
+    Attributes:
+        image_id: id in the annotations.
+        file: path relative to the index's image root.
+        original_size: (height, width) of the upright original in pixels.
+        scale: input pixels per original pixel, (x, y).
+        offset: top left corner of the image's content in the input, (x, y) pixels.
+        valid_size: (height, width) of the input up to the content's bottom right corner; the rest is padding.
+    """
+
+    image_id: int
+    file: str
+    original_size: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+    valid_size: tuple[int, int]
+
+
+class Sample(NamedTuple):
+    """One image: (H, W, 3) uint8; boxes (N, 4) float32 xyxy input pixels; labels (N,) int64."""
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    meta: ImageMeta
+
+
+class Batch(NamedTuple):
+    """What a loader yields; images that could not be read are left out, so there may be fewer, even none.
+
+    Attributes:
+        images: (B, 3, H, W) float32 RGB in [0, 1].
+        targets: one dict an image: `boxes` (N, 4) float32 xyxy in input pixels, `labels` (N,) int64.
+        metas: one an image.
+        unreadable: files that were left out.
+    """
+
+    images: Tensor
+    targets: list[dict[str, Tensor]]
+    metas: list[ImageMeta]
+    unreadable: list[str]
+
+
+class DetectionDataset(Dataset):
+    """The images of an index, seen through a transform.
+
+    An item's address is (position, epoch), or a position for epoch 0. What is random in an item depends on the seed and
+    its address alone: not on the worker that makes it, nor on what was made before.
+
+    Args:
+        index: the images and boxes.
+        transform: what makes a view of an image.
+        seed: of the augmentation.
+        unreadable: 'error', or 'skip' to yield the file's name in place of an image that fails to decode.
+
+    Raises:
+        UserError: `unreadable` is neither.
+    """
+
+    def __init__(self, index: DetectionIndex, transform: Augmentation, seed: int = 0, unreadable: str = "error"):
+        if unreadable not in ("error", "skip"):
+            raise UserError(f"data.unreadable: found {unreadable!r}; allowed are 'error' and 'skip'")
+        self.index = index
+        self.transform = transform
+        self.seed = seed
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, address: Address | int) -> Sample | str:
+        """The image at an address without its ignored boxes, or its file's name where it is left out.
+
+        Raises:
+            UnreadableImageError: the image fails to decode and is not to be skipped.
+        """
+        position, epoch = address if isinstance(address, tuple) else (address, 0)
+        index = self.index
+        original_size = tuple(index.sizes[position].tolist())
+        try:
+            image = self._read(position, original_size)
+        except UnreadableImageError:
+            if self.unreadable == "error":
+                raise
+            return index.file(position)
+        learned = ~index.ignored_of(position)
+        view = self.transform(
+            image,
+            index.boxes_of(position)[learned],
+            index.labels_of(position)[learned],
+            np.random.default_rng((self.seed, epoch, position)),
+        )
+        meta = ImageMeta(
+            image_id=int(index.image_ids[position]),
+            file=index.file(position),
+            original_size=original_size,
+            scale=view.scale,
+            offset=view.offset,
+            valid_size=view.valid_size,
+        )
+        return Sample(view.image, view.boxes, view.labels, meta)
+
+    def _read(self, position: int, original_size: tuple[int, int]) -> np.ndarray:
+        path = self.index.path(position)
+        image = read_image(path)
+        if image.shape[:2] != original_size:
+            height, width = image.shape[:2]
+            raise UnreadableImageError(
+                f"{path}: is {width}x{height} now, but was {original_size[1]}x{original_size[0]} when the data set was "
+                "opened; start again"
+            )
+        return image
+
+
+def collate_samples(samples: Sequence[Sample | str], image_size: tuple[int, int]) -> Batch:
+    """Gathers what a dataset gave into a batch.
+
+    Args:
+        samples: images, or names of files that could not be read.
+        image_size: (height, width) of every image, so that a batch without images has a shape too.
+    """
+    kept = [sample for sample in samples if isinstance(sample, Sample)]
+    images = torch.empty(len(kept), 3, *image_size)
+    for image, sample in zip(images, kept):
+        image.copy_(torch.from_numpy(sample.image).permute(2, 0, 1))
+    return Batch(
+        images=images.div_(255),
+        targets=[{"boxes": torch.from_numpy(s.boxes), "labels": torch.from_numpy(s.labels)} for s in kept],
+        metas=[sample.meta for sample in kept],
+        unreadable=[sample for sample in samples if isinstance(sample, str)],
+    )
+
+
+def to_original(boxes: Tensor, meta: ImageMeta) -> Tensor:
+    """Maps boxes of an evaluated image back to the original and clips them to it.
+
+    Args:
+        boxes: (N, 4) xyxy, input pixels.
+        meta: the image's.
+
+    Returns:
+        (N, 4) xyxy, pixels of the original.
+    """
+    height, width = meta.original_size
+    boxes = (boxes - boxes.new_tensor(meta.offset * 2)) / boxes.new_tensor(meta.scale * 2)
+    return boxes.clamp(min=0).minimum(boxes.new_tensor((width, height, width, height)))
+
+
+def build_loader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+) -> DataLoader:
+    """A loader of `Batch`es; call `set_epoch(loader, epoch)` before each epoch.
+
+    Args:
+        dataset: what to load.
+        batch_size: images a batch.
+        workers: processes that load; 0 loads in this one.
+        shuffle: whether every epoch has an order of its own.
+        seed: of the order.
+        drop_last: whether to leave out a last batch that is smaller.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=BatchSampler(EpochSampler(len(dataset), shuffle, seed), batch_size, drop_last),
+        collate_fn=partial(collate_samples, image_size=dataset.transform.image_size),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that iterating draws nothing from torch's global generator
+    )
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tells a loader's sampler which epoch comes next, whether or not accelerate has wrapped the loader."""
+    if hasattr(loader, "set_epoch"):  # accelerate's loader sets its own count at the start of each pass
+        loader.set_epoch(epoch)
+    else:
+        loader.batch_sampler.sampler.set_epoch(epoch)
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # workers already fill the cores

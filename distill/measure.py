@@ -1,0 +1,101 @@
+"""What a model costs: parameters, multiply-accumulates, milliseconds.
+
+All are taken from the live model, so they are right after a cut.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts `model` in eval mode; afterwards every submodule is back in its own mode, frozen normalisation included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, trainable or not; a shared one counts once, buffers do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
+    """Multiply-accumulates of one forward pass on one image.
+
+    One MAC is two of the FLOPs of `torch.utils.flop_counter`: what convolutions, matrix products and attention cost,
+    without biases, normalisation, activations, resizing and torchvision's own operators. The model runs where it is, in
+    its own precision; on the meta device nothing is computed and the count is the same.
+
+    Args:
+        model: takes images (B, 3, H, W).
+        image_size: (height, width) in pixels.
+    """
+    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(_blank_images(model, 1, image_size))
+    return counter.get_total_flops() // 2
+
+
+def measure_latency(
+    model: nn.Module,
+    image_size: tuple[int, int],
+    *,
+    batch: int = 1,
+    warmup: int = 10,
+    repeats: int = 50,
+    device: torch.device | str | None = None,
+) -> float:
+    """Median time of the forward pass in milliseconds: no decoding, no loading, in the model's own precision.
+
+    Args:
+        model: takes images (B, 3, H, W).
+        image_size: (height, width) in pixels.
+        batch: images in each pass.
+        warmup: passes before the first that counts, in which kernels are chosen and caches filled.
+        repeats: passes that count, each timed alone and waited for.
+        device: where to measure; the model returns to where it was. None measures it where it is.
+
+    Raises:
+        ValueError: `repeats` is less than 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"measure_latency: repeats is {repeats}; it must be at least 1")
+    home = _blank_images(model, 0, image_size).device
+    device = home if device is None else torch.device(device)
+    milliseconds = []
+    try:
+        model.to(device)
+        images = _blank_images(model, batch, image_size)
+        with eval_mode(model), torch.inference_mode():
+            for _ in range(warmup):
+                model(images)
+            for _ in range(repeats):
+                _wait_for(device)
+                start = time.perf_counter()
+                model(images)
+                _wait_for(device)
+                milliseconds.append(1000 * (time.perf_counter() - start))
+    finally:
+        model.to(home)
+    return median(milliseconds)
+
+
+def _blank_images(model: nn.Module, batch: int, image_size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) of zeros on the model's device and in its precision."""
+    reference = next(model.parameters(), torch.empty(0))
+    return torch.zeros(batch, 3, *image_size, device=reference.device, dtype=reference.dtype)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,84 @@
+"""From scores and a budget to a plan."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.pruning.graph import ChannelGroup
+from students import Detector, Plan
+from students.plan import apply_plan, named_tensors
+
+
+def keep_counts(scores: Sequence[Tensor], threshold: float, round_to: int) -> list[int]:
+    """How many channels of each group stay when those that score below a global threshold go.
+
+    A count is rounded to the nearest multiple of `round_to`, at least one multiple and never more than there are.
+    """
+    counts = []
+    for score in scores:
+        wanted = int((score >= threshold).sum())
+        rounded = max(round_to, round(wanted / round_to) * round_to)
+        counts.append(min(rounded, len(score)))
+    return counts
+
+
+def make_plan(
+    groups: Sequence[ChannelGroup], scores: Sequence[Tensor], counts: Sequence[int], tensors: dict[str, Tensor]
+) -> Plan:
+    """The plan that leaves each group its `counts` best channels."""
+    removed: dict[tuple[str, int], set[int]] = {}
+    for group, score, count in zip(groups, scores, counts):
+        lowest = torch.argsort(score, stable=True)[: group.width - count]
+        gone = set(lowest.tolist())
+        if not gone:
+            continue
+        for member in group.members:
+            indices = {p for p, channel in zip(member.positions, member.channels) if channel in gone}
+            removed.setdefault((member.name, member.dim), set()).update(indices)
+    return Plan.from_removed(removed, tensors)
+
+
+def meet_macs(
+    unit: nn.Module,
+    student: Detector,
+    groups: Sequence[ChannelGroup],
+    scores: Sequence[Tensor],
+    macs: float,
+    count_macs: Callable[[Detector], int],
+    round_to: int,
+) -> tuple[Plan, int]:
+    """The mildest plan under one global threshold that leaves the student at most `macs`, found by bisection.
+
+    Args:
+        unit: the traced module, which holds the student as `student`.
+        student: the student, whose MACs count.
+        groups: all groups of the unit.
+        scores: (width,) for each group.
+        macs: multiply-accumulates that may be left.
+        count_macs: MACs of a student; it gets a copy on the meta device.
+        round_to: widths become multiples of this.
+
+    Returns:
+        The plan and the MACs that it leaves; where even the heaviest plan leaves more, that one.
+    """
+    tensors = named_tensors(unit)
+
+    def attempt(threshold: float) -> tuple[Plan, int]:
+        plan = make_plan(groups, scores, keep_counts(scores, threshold, round_to), tensors)
+        trial = copy.deepcopy(student).to("meta")
+        apply_plan([(trial, plan.below("student."))])
+        return plan, count_macs(trial)
+
+    steps = torch.unique(torch.cat([*scores, torch.tensor([float("inf")])]))
+    low, high = 0, len(steps) - 1  # thresholds between two scores cut alike, so bisect over the scores themselves
+    best = attempt(float(steps[high]))
+    while low < high:
+        middle = (low + high) // 2
+        plan, left = attempt(float(steps[middle]))
+        if left <= macs:
+            best, high = (plan, left), middle
+        else:
+            low = middle + 1
+    return best

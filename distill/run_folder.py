@@ -1,0 +1,266 @@
+"""The output folder of a run: what lies where, who may write into it, and files that are whole or not there."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.errors import UserError
+
+CONFIG, RESULTS, SUMMARY, LOG = "config.yaml", "results.csv", "summary.json", "train.log"
+CHECKPOINTS, STUDENT, TEACHER = "checkpoints", "student", "teacher"
+TEACHER_RUN = "teacher_run"  # a run folder of its own, where a run trains its teacher first
+# what overwriting removes, in this order; the config goes last, by being replaced: a folder is a run while it has one
+REMOVED = (SUMMARY, RESULTS, LOG, CHECKPOINTS, STUDENT, TEACHER, TEACHER_RUN)
+
+# Other toolkits write config.yaml and checkpoints/ too. Only a folder whose config begins so may ever be overwritten.
+SIGNATURE = "# the resolved config of a distill run"
+
+
+class RunFolder:
+    """The output folder of one run.
+
+    `RunFolder(path)` only names paths, as ranks other than 0 need them; `create` and `open` also check and prepare.
+    Only one process may write. Every file is replaced as a whole, so a run that is killed leaves none half-written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / RESULTS
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / SUMMARY
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / LOG
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def student(self) -> Path:
+        return self.path / STUDENT
+
+    @property
+    def teacher(self) -> Path:
+        return self.path / TEACHER
+
+    @classmethod
+    def create(
+        cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool, keep: Sequence[str] = ()
+    ) -> "RunFolder":
+        """Starts a new run.
+
+        A folder of a run that stopped before its first checkpoint or result is taken without asking.
+
+        Args:
+            path: the folder; its parents are made too.
+            config: the resolved config: dicts, lists, strings, numbers.
+            overwrite: remove what an earlier run left here. What else lies in the folder is never touched.
+            keep: names of what stays of an earlier run, such as 'teacher' when it is finished.
+
+        Raises:
+            UserError: the folder is a file, belongs to something else, or holds a run that may not be overwritten;
+                nothing has changed then.
+        """
+        run = cls(path)
+        text = _to_yaml(config)  # what cannot be written fails before anything is removed
+        run._check_free(overwrite, keep)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run._clear(keep)
+            _write(run.config_file, text)
+            run.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write to {run.path} ({error.strerror}); choose another one") from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An unfinished run, to go on with.
+
+        Raises:
+            UserError: there is no run, it has no checkpoint, or it is finished.
+        """
+        run = cls(path)
+        if not run.path.exists():
+            raise UserError(f"resume: {path} does not exist; give the folder of an unfinished run")
+        if not run.path.is_dir():
+            raise UserError(f"resume: {path} is a file; give the folder of an unfinished run")
+        if not run.config_file.is_file():
+            raise UserError(f"resume: {path} holds no run: no {CONFIG}; give the folder of an unfinished run")
+        if run.is_finished:
+            raise UserError(f"resume: {path} is finished ({run._finished_on()}); its student is in {run.student}")
+        if not run._has_checkpoint():
+            raise UserError(f"resume: {path} holds no run: no checkpoint in {CHECKPOINTS}/; start it anew instead")
+        return run
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary_file.is_file()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config as it stands in the folder.
+
+        Raises:
+            UserError: someone edited it into something that is not a YAML mapping.
+        """
+        try:
+            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.config_file}: is no valid YAML ({reason})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config_file}: holds no settings, expected 'key: value' lines")
+        return config
+
+    def save_config(self, config: Mapping[str, Any]) -> None:
+        _write(self.config_file, _to_yaml(config))
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What `write_summary` wrote, or None while the run is unfinished."""
+        return json.loads(self.summary_file.read_text(encoding="utf-8")) if self.is_finished else None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Marks the run as finished; numbers that JSON does not know (NaN, infinity) become null."""
+        _write(self.summary_file, json.dumps(_finite(summary), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def append_result(self, row: Mapping[str, float | int | str | None]) -> None:
+        """Adds the row of an epoch to the results; a column that is new stays empty in the rows before it.
+
+        Args:
+            row: values by column; 'epoch' (an int) must be among them.
+        """
+        assert "epoch" in row, "results are told apart by their epoch"
+        self._write_results([*self._read_cells(), row])
+
+    def truncate_results(self, before_epoch: int) -> None:
+        """Drops the rows from this epoch on; a resumed run will write them again."""
+        rows = self._read_cells()
+        kept = [row for row in rows if int(row["epoch"]) < before_epoch]
+        if not kept:
+            self.results_file.unlink(missing_ok=True)
+        elif len(kept) < len(rows):
+            self._write_results(kept)
+
+    def read_results(self) -> list[dict[str, float | int | str | None]]:
+        """All rows, oldest first; an empty cell is None."""
+        return [{column: _parse(cell) for column, cell in row.items()} for row in self._read_cells()]
+
+    def _read_cells(self) -> list[dict[str, str]]:
+        if not self.results_file.exists():
+            return []
+        with self.results_file.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _write_results(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _write(self.results_file, text.getvalue())
+
+    def _check_free(self, overwrite: bool, keep: Sequence[str]) -> None:
+        assert set(keep) <= set(REMOVED), f"a run owns {REMOVED}, not all of {keep}"
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"output_dir: {self.path} is a file; choose another output_dir")
+        # what is hidden (.DS_Store, .gitkeep) is nobody's work
+        found = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")} - set(keep)
+        if not self._is_run():
+            if found:
+                names = ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
+                raise UserError(
+                    f"output_dir: {self.path} holds no run but other files ({names}); choose another output_dir"
+                )
+            return
+        if overwrite:
+            return
+        way_out = "choose another output_dir, or say overwrite=true"
+        if self.is_finished:
+            raise UserError(f"output_dir: {self.path} already holds a finished run ({self._finished_on()}); {way_out}")
+        if self._has_checkpoint():
+            raise UserError(
+                f"output_dir: {self.path} holds an unfinished run; go on with it by --resume {self.path}, {way_out}"
+            )
+        if found & {RESULTS, STUDENT, TEACHER, TEACHER_RUN}:
+            raise UserError(f"output_dir: {self.path} holds a run that has no checkpoint to resume from; {way_out}")
+
+    def _clear(self, keep: Sequence[str]) -> None:
+        for name in REMOVED:
+            entry = self.path / name
+            if name in keep or not (entry.exists() or entry.is_symlink()):
+                continue
+            if entry.is_dir() and not entry.is_symlink():  # of a link only the link is ours
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def _is_run(self) -> bool:
+        if not self.config_file.is_file():
+            return False
+        return self.config_file.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE)
+
+    def _has_checkpoint(self) -> bool:
+        return any(self.checkpoints.glob("epoch_*.pt"))
+
+    def _finished_on(self) -> str:
+        return f"{datetime.fromtimestamp(self.summary_file.stat().st_mtime):%Y-%m-%d %H:%M}"
+
+
+def _write(file: Path, text: str) -> None:
+    """Replaces a file as a whole; whatever fails on the way leaves the old one as it was."""
+    staged = file.with_name(f".{file.name}.tmp")
+    try:
+        with staged.open("w", encoding="utf-8", newline="\n") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())  # or a crash of the machine could leave an empty file under the new name
+        os.replace(staged, file)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _to_yaml(config: Mapping[str, Any]) -> str:
+    return f"{SIGNATURE}\n" + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _parse(cell: str) -> float | int | str | None:
+    if not cell:
+        return None
+    try:
+        return int(cell) if cell.removeprefix("-").isdecimal() else float(cell)
+    except ValueError:
+        return cell

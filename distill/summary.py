@@ -1,0 +1,88 @@
+"""What a run says about itself: the banner before, the numbers and the table after."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from distill.build import Data
+from distill.config import Config
+from distill.distiller import Distiller
+from distill.evaluation import EvaluationResult
+from distill.measure import count_macs, count_parameters
+from distill.pruning.pruner import Pruner
+from distill.report import human_ap, human_count, human_macs, human_share
+from students import Detector
+
+
+def size(detector: Detector, image_size: tuple[int, int]) -> str:
+    """Such as '3.40M parameters, 1.25G MACs'."""
+    return f"{human_count(count_parameters(detector))} parameters, {human_macs(count_macs(detector, image_size))} MACs"
+
+
+def banner_rows(
+    config: Config, data: Data, unit: Distiller, teacher: Detector | None, pruner: Pruner | None, accelerator: Accelerator
+) -> dict[str, str]:
+    """The rows of a run's banner, by heading."""
+    height, width = config.data.image_size
+    backbone = unit.student.recipe["backbone"]
+    processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
+    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    rows = {
+        "Devices": f"{processes}{accelerator.device.type}{threads}, mixed precision: {accelerator.mixed_precision}",
+        "Data": f"{config.data.root} ({data.train.index.format}): {len(data.train.index)} train, {len(data.val.index)} val"
+        + (f", {len(data.test.index)} test" if data.test is not data.val else "")
+        + f"; {len(data.class_names)} classes; {width}x{height} px",
+        "Student": f"{backbone}: {size(unit.student, config.data.image_size)}",
+    }
+    if teacher is not None:
+        source = config.teacher.path or "trained first"
+        rows["Teacher"] = f"{teacher.recipe['backbone']}: {size(teacher, config.data.image_size)} ({source})"
+    if unit.terms:
+        rows["Distillation"] = ", ".join(
+            f"{name}: {loss.name} x {loss.weight:g}" for name, loss in config.losses.items()
+        )
+        term = next(iter(unit.terms.values()))
+        pairs = (f"{unit.student.strides[i]}" for i, _ in term.pairs)
+        rows["Levels"] = f"student and teacher meet at strides {', '.join(pairs)}"
+    if pruner:
+        number = len(pruner.epochs)
+        when = f"before epoch {pruner.epochs[0] + 1}" + (f" to {pruner.epochs[-1] + 1}" if number > 1 else "")
+        rows["Pruning"] = f"to {pruner.target:.0%} of the MACs, {number} cut{'s' * (number > 1)} {when}"
+    rows["Training"] = f"{config.train.epochs} epochs, batches of {config.data.batch_size} a process, seed {config.seed}"
+    rows["Output"] = config.output_dir
+    return rows
+
+
+def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:
+    """A detector's entry in `summary.json`, still without latency."""
+    return {
+        "ap": result.ap,
+        "ap50": result.ap50,
+        "ap75": result.ap75,
+        "ap_small": result.ap_small,
+        "ap_medium": result.ap_medium,
+        "ap_large": result.ap_large,
+        "per_class": result.per_class,
+        "params": count_parameters(detector),
+        "macs": count_macs(detector, image_size),
+    }
+
+
+COLUMNS = ("", "AP", "AP50", "AP75", "of teacher", "params", "MACs", "latency")
+
+
+def table_rows(entries: dict[str, dict[str, Any] | None]) -> list[list[str | None]]:
+    """Rows under `COLUMNS` for entries of a summary by title; missing entries are left out."""
+    teacher_ap = (entries.get("teacher") or {}).get("ap")
+    rows = []
+    for title, entry in entries.items():
+        if entry is None:
+            continue
+        share = entry["ap"] / teacher_ap if teacher_ap and entry["ap"] is not None else None
+        latency = entry.get("latency_ms")
+        rows.append([
+            title, human_ap(entry["ap"]), human_ap(entry["ap50"]), human_ap(entry["ap75"]), human_share(share),
+            human_count(entry["params"]), human_macs(entry["macs"]), f"{latency:.1f} ms" if latency else None,
+        ])
+    return rows

@@ -1,0 +1,32 @@
+"""One wording for the mistake that every loss can be handed: tensors that do not line up."""
+
+from torch import Tensor
+
+
+def require_same_shape(name: str, first: Tensor, second: Tensor) -> None:
+    """Refuses two tensors that would only match by broadcasting, if at all.
+
+    Args:
+        name: the loss and its two arguments, for the message.
+        first: any shape.
+        second: the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"{name}: shapes {tuple(first.shape)} and {tuple(second.shape)} differ; they must be equal")
+
+
+def require_feature_map(name: str, features: Tensor) -> None:
+    """Refuses what is not a map of at least one value: its mean would be NaN, and spoil the whole run.
+
+    Args:
+        name: the loss, for the message.
+        features: (B, C, H, W).
+
+    Raises:
+        ValueError: another number of dimensions, or no elements.
+    """
+    if features.dim() != 4 or not features.numel():
+        raise ValueError(f"{name}: a feature map has shape {tuple(features.shape)}; it must be (B, C, H, W), not empty")

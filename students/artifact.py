@@ -1,0 +1,87 @@
+"""A detector on disk: recipe and pruning plans as JSON, tensors as safetensors; nothing pickled."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from students.dense import DenseDetector
+from students.detector import Detector
+from students.plan import Plan, apply_plan
+
+FAMILIES: dict[str, type[Detector]] = {"dense": DenseDetector}
+
+RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"
+
+
+def build(name: str, **arguments: Any) -> Detector:
+    """A new detector of a family, which remembers how it was built.
+
+    Raises:
+        ValueError: an unknown family, or settings that the family refuses.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"detector: no family {name!r}; there is {', '.join(FAMILIES)}")
+    detector = FAMILIES[name](**arguments)
+    # once built, the first weights are history: a saved detector must be rebuilt without them
+    detector.recipe = {"name": name, **arguments, "weights": "none"}
+    detector.plans = []
+    return detector
+
+
+def save(detector: Detector, folder: str | Path, info: dict[str, Any] | None = None) -> None:
+    """Writes a detector that `build` or `load` made: aside first, then moved into place in one step.
+
+    Args:
+        detector: the detector, cut or not.
+        folder: where to; an older artifact there is replaced.
+        info: JSON-friendly facts to keep beside it, such as the input size it was trained for.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
+        staged = Path(staging)
+        new = staged / "new"
+        new.mkdir()
+        recipe = {"recipe": detector.recipe, "info": info or {}}
+        (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+        (new / PLANS).write_text(json.dumps([plan.to_json() for plan in detector.plans]) + "\n")
+        save_file({key: value.contiguous() for key, value in detector.state_dict().items()}, new / WEIGHTS)
+        if folder.exists():
+            os.replace(folder, staged / "older")
+        os.replace(new, folder)
+
+
+def load(folder: str | Path) -> Detector:
+    """A working detector, in eval mode on the CPU, from a folder that `save` wrote.
+
+    Raises:
+        ValueError: the folder is not an artifact, or its parts do not belong together.
+    """
+    folder = Path(folder)
+    missing = [name for name in (RECIPE, PLANS, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: is no detector folder, it has no {missing[0]}; give one such as runs/x/student")
+    try:
+        detector = build(**json.loads((folder / RECIPE).read_text())["recipe"])
+        for plan in map(Plan.from_json, json.loads((folder / PLANS).read_text())):
+            cut(detector, plan)
+        detector.load_state_dict(load_file(folder / WEIGHTS))
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: does not hold together ({reason}); was it written by another version?") from error
+    return detector.eval()
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """The facts that were saved beside a detector."""
+    return json.loads((Path(folder) / RECIPE).read_text())["info"]
+
+
+def cut(detector: Detector, plan: Plan) -> None:
+    """Applies a plan to a detector alone and enters it in the detector's history."""
+    apply_plan([(detector, plan)])
+    detector.plans.append(plan)

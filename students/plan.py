@@ -1,0 +1,166 @@
+"""A cut as data: which indices of which tensors stay, and the one function that applies it to all or to nothing."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of one width that several tensors share.
+
+    Attributes:
+        width: entries before the cut.
+        keep: indices that stay, ascending.
+        slices: (tensor name, dimension) pairs that are cut so.
+    """
+
+    width: int
+    keep: tuple[int, ...]
+    slices: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pruning step. It holds tensor names and indices only, so replaying it needs no tracing and no pruner."""
+
+    cuts: tuple[Cut, ...]
+
+    @classmethod
+    def from_removed(cls, removed: dict[tuple[str, int], set[int]], tensors: dict[str, Tensor]) -> "Plan":
+        """From the indices that go, by (tensor name, dimension)."""
+        groups: dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]] = {}
+        for (name, dim), gone in removed.items():
+            width = tensors[name].shape[dim]
+            keep = tuple(i for i in range(width) if i not in gone)
+            if gone:
+                groups.setdefault((width, keep), []).append((name, dim))
+        return cls(tuple(Cut(width, keep, tuple(slices)) for (width, keep), slices in groups.items()))
+
+    @classmethod
+    def from_json(cls, data: list[dict[str, Any]]) -> "Plan":
+        return cls(
+            tuple(Cut(c["width"], tuple(c["keep"]), tuple((name, dim) for name, dim in c["slices"])) for c in data)
+        )
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{"width": c.width, "keep": list(c.keep), "slices": [list(s) for s in c.slices]} for c in self.cuts]
+
+    def below(self, prefix: str) -> "Plan":
+        """The part of the plan that concerns tensors under `prefix`, with the prefix taken off their names."""
+        cuts = (
+            Cut(c.width, c.keep, tuple((n.removeprefix(prefix), d) for n, d in c.slices if n.startswith(prefix)))
+            for c in self.cuts
+        )
+        return Plan(tuple(cut for cut in cuts if cut.slices))
+
+    def __bool__(self) -> bool:
+        return bool(self.cuts)
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: all that a plan can cut."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def apply_plan(targets: Iterable[tuple[nn.Module, Plan]], optimizers: Sequence[Optimizer] = ()) -> None:
+    """Applies one cut to every module that follows the student's shape and to optimizer state, or to nothing.
+
+    Parameters keep their identity (their data is replaced), so optimizers, schedulers and Accelerate go on holding the
+    live ones; of the optimizer state, tensors of the parameter's shape (momentum, exp_avg, exp_avg_sq and so on) are
+    sliced alike and step counters stay. Gradients are dropped. `requires_grad` does not change. A distributed wrapper
+    must be taken off first and rebuilt afterwards: it holds on to the old shapes.
+
+    Raises:
+        ValueError: a tensor is missing or has another width than the plan was made for; nothing has changed then.
+    """
+    changes: list[tuple[Any, str, Any]] = []  # (owner, attribute or key, new value)
+    for module, plan in targets:
+        changes += _stage(module, plan, optimizers)
+    done: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, key, value in changes:
+            done.append((owner, key, _get(owner, key)))
+            _set(owner, key, value)
+    except BaseException:
+        for owner, key, value in reversed(done):
+            _set(owner, key, value)
+        raise
+
+
+def _stage(module: nn.Module, plan: Plan, optimizers: Sequence[Optimizer]) -> list[tuple[Any, str, Any]]:
+    """Everything that the plan changes, computed without changing anything."""
+    tensors = named_tensors(module)
+    by_tensor: dict[str, list[tuple[int, Cut]]] = {}
+    for cut in plan.cuts:
+        for name, dim in cut.slices:
+            if name not in tensors:
+                raise ValueError(f"plan: cuts {name!r}, which this network does not have")
+            if tensors[name].shape[dim] != cut.width:
+                found = tensors[name].shape[dim]
+                raise ValueError(f"plan: was made for {name!r} of width {cut.width}; here it is {found}")
+            by_tensor.setdefault(name, []).append((dim, cut))
+
+    changes: list[tuple[Any, str, Any]] = []
+    new_shapes: dict[nn.Module, dict[str, torch.Size]] = {}
+    for name, cuts in by_tensor.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner, old = module.get_submodule(owner_name), tensors[name]
+        new = _slice(old.detach(), cuts)
+        new_shapes.setdefault(owner, {})[leaf] = new.shape
+        if not isinstance(old, nn.Parameter):
+            changes.append((owner._buffers, leaf, new))
+            continue
+        changes += [(old, "data", new), (old, "grad", None)]
+        for optimizer in optimizers:
+            state = optimizer.state.get(old, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == old.shape:
+                    changes.append((state, key, _slice(value, cuts)))
+    for owner, shapes in new_shapes.items():
+        changes += [(owner, key, value) for key, value in _new_widths(owner, shapes).items()]
+    return changes
+
+
+def _slice(tensor: Tensor, cuts: list[tuple[int, Cut]]) -> Tensor:
+    for dim, cut in cuts:
+        tensor = tensor.index_select(dim, torch.tensor(cut.keep, device=tensor.device, dtype=torch.long))
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor if channels_last else tensor.contiguous()
+
+
+def _new_widths(module: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, Any]:
+    """The width attributes that a layer keeps beside its tensors."""
+    shape = shapes.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and shape is not None:
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise: one group a channel
+            groups = shape[0] * module.groups // module.out_channels
+            return {"out_channels": shape[0], "in_channels": groups, "groups": groups}
+        return {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
+    if isinstance(module, nn.Linear) and shape is not None:
+        return {"out_features": shape[0], "in_features": shape[1]}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return {"num_features": next(iter(shapes.values()))[0]}
+    if isinstance(module, nn.GroupNorm) and shape is not None:
+        group_size = module.num_channels // module.num_groups
+        if shape[0] % group_size:
+            raise ValueError(f"plan: leaves {shape[0]} channels to a group norm with groups of {group_size}")
+        return {"num_channels": shape[0], "num_groups": shape[0] // group_size}
+    if isinstance(module, nn.LayerNorm) and shape is not None:
+        return {"normalized_shape": tuple(shape)}
+    return {}
+
+
+def _get(owner: Any, key: str) -> Any:
+    return owner[key] if isinstance(owner, dict) else getattr(owner, key)
+
+
+def _set(owner: Any, key: str, value: Any) -> None:
+    if isinstance(owner, dict):
+        owner[key] = value
+    else:
+        setattr(owner, key, value)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from losses import giou, pairwise_iou
+
+
+def test_pairwise_iou_of_known_boxes():
+    a = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1]])
+    b = torch.tensor([[1.0, 1, 3, 3], [0, 0, 2, 2], [5, 5, 6, 6]])
+    # Row 0: overlap 1 of union 4 + 4 - 1; the same box; apart. Row 1: touching in a point; 1 of 4; apart.
+    expected = torch.tensor([[1 / 7, 1, 0], [0, 1 / 4, 0]])
+    torch.testing.assert_close(pairwise_iou(a, b), expected)
+
+
+def test_pairwise_iou_keeps_images_apart():
+    a = torch.tensor([[[0.0, 0, 2, 2]], [[0, 0, 4, 4]]])
+    b = torch.tensor([[[0.0, 0, 2, 2], [0, 0, 2, 1]], [[0, 0, 2, 2], [0, 0, 4, 2]]])
+    # Image 0: 4/4 and 2/4; image 1: 4/16 and 8/16.
+    torch.testing.assert_close(pairwise_iou(a, b), torch.tensor([[[1.0, 0.5]], [[0.25, 0.5]]]))
+    # One set of locations for all images broadcasts.
+    torch.testing.assert_close(pairwise_iou(a[0], b), torch.tensor([[[1.0, 0.5]], [[1.0, 0.5]]]))
+
+
+def test_pairwise_iou_of_empty_boxes_is_zero_not_nan():
+    boxes = torch.zeros(2, 4, requires_grad=True)
+    overlap = pairwise_iou(boxes, boxes)
+    overlap.sum().backward()
+    assert torch.equal(overlap, torch.zeros(2, 2))
+    assert boxes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("num_a", "num_b"), [(0, 3), (3, 0), (0, 0)])
+def test_pairwise_iou_without_boxes(num_a, num_b):
+    assert pairwise_iou(torch.rand(5, num_a, 4), torch.rand(5, num_b, 4)).shape == (5, num_a, num_b)
+
+
+def test_giou_of_known_boxes():
+    a = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1], [3, 3, 5, 4], [1, 1, 1, 1]])
+    b = torch.tensor([[1.0, 1, 3, 3], [2, 0, 3, 1], [3, 3, 5, 4], [1, 1, 1, 1]])
+    expected = torch.tensor(
+        [
+            1 / 7 - (9 - 7) / 9,  # the box around both is 3 x 3
+            0 - (3 - 2) / 3,  # apart: 3 x 1 around both, of which they cover 2
+            1.0,
+            0.0,  # nothing on nothing
+        ]
+    )
+    torch.testing.assert_close(giou(a, b), expected)
+
+
+def test_giou_has_a_gradient_for_boxes_apart():
+    pred = torch.tensor([[0.0, 0, 1, 1]], requires_grad=True)
+    giou(pred, torch.tensor([[2.0, 0, 3, 1]])).sum().backward()
+    # G = u/c - 1, with u = x2 + 1 and c = 3 for x2 < 3 (the gap closes), so dG/dx2 = 1/3.
+    torch.testing.assert_close(pred.grad[0, 2], torch.tensor(1 / 3))
+
+
+@pytest.mark.parametrize("overlap", [giou, pairwise_iou])
+def test_half_precision_boxes_are_measured_in_float32(overlap):
+    # 1001 * 1001 is beyond float16, whose largest number is 65504.
+    boxes = torch.tensor([[0.0, 0, 1001, 1001]], dtype=torch.float16)
+    result = overlap(boxes, boxes)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, torch.ones_like(result))
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"pairwise_iou: boxes have shape \(2, 5\)"):
+        pairwise_iou(torch.zeros(3, 4), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"giou: boxes have shape \(2, 5\)"):
+        giou(torch.zeros(2, 5), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"shapes \(1, 4\) and \(2, 4\) differ"):
+        giou(torch.zeros(1, 4), torch.zeros(2, 4))

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+
+from losses import giou_loss, quality_focal_loss
+
+
+def test_quality_focal_loss_of_known_probabilities():
+    logits = torch.tensor([[0.0, math.log(3)]])  # probabilities 1/2 and 3/4
+    quality = torch.tensor([[1.0, 0.5]])
+    # (1/2)^2 * -ln(1/2) + (1/4)^2 * -(ln(3/4) + ln(1/4)) / 2 = 0.25 ln 2 + 0.03125 ln(16/3)
+    expected = 0.25 * math.log(2) + 0.03125 * math.log(16 / 3)
+    torch.testing.assert_close(quality_focal_loss(logits, quality), torch.tensor(expected))
+
+
+def test_quality_focal_loss_beta_is_the_exponent():
+    logits, quality = torch.zeros(1, 1), torch.ones(1, 1)
+    for beta in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(
+            quality_focal_loss(logits, quality, beta), torch.tensor(0.5**beta * math.log(2)), msg=f"beta {beta}"
+        )
+
+
+def test_quality_focal_loss_differentiates_the_modulating_factor_too():
+    logits = torch.zeros(1, 1, requires_grad=True)
+    quality_focal_loss(logits, torch.ones(1, 1)).backward()
+    # L = (1 - p)^2 * -ln p, dp/dz = p (1 - p): at p = 1/2, (2 (1 - p) ln p - (1 - p)^2 / p) / 4 = (-ln 2 - 1/2) / 4.
+    torch.testing.assert_close(logits.grad, torch.tensor([[(-math.log(2) - 0.5) / 4]]))
+
+
+def test_quality_focal_loss_is_zero_where_the_scores_are_right():
+    logits = torch.randn(6, 3)
+    assert quality_focal_loss(logits, logits.sigmoid()).item() == 0
+
+
+def test_quality_focal_loss_survives_extreme_logits():
+    logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    loss = quality_focal_loss(logits, torch.tensor([[0.0, 1.0]]))
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(400.0))  # each element: 1^2 * 200
+    assert logits.grad.isfinite().all()
+
+
+def test_giou_loss_of_known_boxes():
+    pred = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1], [3, 3, 5, 4]])
+    target = torch.tensor([[1.0, 1, 3, 3], [2, 0, 3, 1], [3, 3, 5, 4]])
+    # GIoU 1/7 - 2/9 = -5/63, -1/3 and 1; so 0.5 * 68/63 + 3 * 4/3 + 7 * 0.
+    torch.testing.assert_close(giou_loss(pred, target, torch.tensor([0.5, 3, 7])), torch.tensor(34 / 63 + 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_prediction_learns(dtype):
+    logits = torch.randn(4, 2, dtype=dtype, requires_grad=True)
+    quality = torch.rand(4, 2, dtype=dtype, requires_grad=True)
+    pred = torch.tensor([[0.0, 0, 2, 2]], dtype=dtype, requires_grad=True)
+    target = torch.tensor([[1.0, 1, 3, 3]], dtype=dtype, requires_grad=True)
+    weight = torch.ones(1, dtype=dtype, requires_grad=True)
+    for loss in (quality_focal_loss(logits, quality), giou_loss(pred, target, weight)):
+        assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
+        loss.backward()
+    assert logits.grad.abs().sum() > 0 and pred.grad.abs().sum() > 0
+    assert quality.grad is None and target.grad is None and weight.grad is None
+
+
+def test_none_is_zero_and_still_has_a_graph():
+    logits, pred = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 4, requires_grad=True)
+    loss = quality_focal_loss(logits, torch.zeros(0, 3)) + giou_loss(pred, torch.zeros(0, 4), torch.zeros(0))
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"quality_focal_loss.*\(2, 3\) and \(2, 1\) differ"):
+        quality_focal_loss(torch.zeros(2, 3), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"giou_loss.*\(2, 4\) and \(1, 4\) differ"):
+        giou_loss(torch.zeros(2, 4), torch.zeros(1, 4), torch.ones(2))
+    with pytest.raises(ValueError, match=r"weight has shape \(2, 1\)"):
+        giou_loss(torch.zeros(2, 4), torch.zeros(2, 4), torch.ones(2, 1))

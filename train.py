@@ -1,0 +1,287 @@
+"""Trains a student, with or without a teacher, cutting it between epochs on the way. The whole loop is in this file.
+
+    python train.py configs/quickstart.yaml
+    accelerate launch train.py configs/bccd.yaml data.root=PATH train.epochs=30
+    python train.py --resume runs/bccd
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+import students
+from distill import build
+from distill.catalog import print_catalog
+from distill.checkpoint import Progress, load_checkpoint, save_checkpoint
+from distill.config import Config, check_config, load_config
+from distill.data import set_epoch
+from distill.distiller import Distiller
+from distill.distributed import release
+from distill.ema import EMA
+from distill.errors import UserError
+from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
+from distill.measure import count_macs, measure_latency
+from distill.optimization import build_optimizer, rate_at, set_rate
+from distill.pruning.pruner import Pruner, agree, cut_everywhere
+from distill.report import Report, StepProgress
+from distill.run_folder import TEACHER_RUN, RunFolder
+from distill.summary import COLUMNS, banner_rows, describe, size, table_rows
+from students import Detector
+from teachers import Teacher
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.epochs=20")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its last whole epoch")
+    parser.add_argument("--dry-run", action="store_true", help="check and build everything, print the banner, write nothing")
+    parser.add_argument("--list", action="store_true", help="list configs, detectors, losses and prunable things")
+    args = parser.parse_intermixed_args()
+    try:
+        if args.list:
+            print_catalog()
+        elif args.resume:
+            if args.config:
+                raise UserError(f"--resume goes on with the settings of {args.resume}; leave out {args.config!r}")
+            run = RunFolder.open(args.resume)
+            train(check_config(run.config, str(run.path / "config.yaml")), resume=True)
+        elif args.config:
+            train(load_config(args.config, args.overrides), dry_run=args.dry_run)
+        else:
+            parser.error("name a config, such as configs/quickstart.yaml, or say --list or --resume RUN")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
+    """One run, from settings to the last table; a teacher that must be trained first is a run of its own."""
+    accelerator = Accelerator()
+    data = build.build_data(config.data, config.seed)
+    set_seed(config.seed)
+    teacher = build.build_teacher(config, data.class_names)
+    unit = build.build_unit(config, data.class_names, teacher)
+    pruner = build.build_pruner(config, unit)
+
+    run = RunFolder(config.output_dir)
+    if not resume and not dry_run and accelerator.is_main_process:
+        settings = config.model_dump(mode="json")
+        RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=["teacher", TEACHER_RUN])
+    accelerator.wait_for_everyone()
+    report = Report(None if dry_run else run.log_file, enabled=accelerator.is_main_process)
+    report.banner(f"distill · {run.path}", banner_rows(config, data, unit, teacher, pruner, accelerator))
+    for split in {id(s): s for s in (data.train, data.val, data.test)}.values():
+        for note in split.index.notes.summary():
+            report.warn(f"{config.data.root}, {split.index.split}: {note}")
+    if dry_run:
+        report.say("dry run: everything was built and fits together; nothing was trained or written")
+        return
+
+    if config.teacher is not None and config.teacher.path is None:
+        teacher = train_teacher(config, run, report, accelerator)
+    fit(config, data, unit, pruner, teacher, run, report, accelerator)
+
+
+def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
+    """The run's own teacher: trained by the same loop, once; a finished one with the same settings is reused."""
+    training = RunFolder(run.path / TEACHER_RUN)
+    settings = build.teacher_run_config(config, training.path)
+    same = training.config_file.is_file() and check_config(training.config, str(training.config_file)) == settings
+    if same and training.is_finished:
+        report.say(f"teacher: {training.path} is finished and has the same settings; it is reused")
+    else:
+        report.say(f"teacher: is trained first, in {training.path}")
+        train(settings, resume=same)
+        report.say(f"teacher: is trained; now the student, in {run.path}")
+    teacher = students.load(training.student)
+    if accelerator.is_main_process:
+        students.save(teacher, run.teacher, students.read_info(training.student))
+    return teacher
+
+
+def fit(
+    config: Config,
+    data: build.Data,
+    unit: Distiller,
+    pruner: Pruner | None,
+    teacher_detector: Detector | None,
+    run: RunFolder,
+    report: Report,
+    accelerator: Accelerator,
+) -> None:
+    """Trains the unit, from its last checkpoint if there is one, and writes what it was worth."""
+    settings, image_size = config.train.optimizer, config.data.image_size
+    student = unit.to(accelerator.device).student
+    teacher = Teacher(teacher_detector, accelerator.device, config.teacher.precision) if teacher_detector else None
+    optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
+    ema = EMA(student, settings.ema) if settings.ema else None
+    kept = ema.module if ema else student  # the weights that are evaluated and saved
+    progress = Progress(uncut_macs=count_macs(student, image_size))
+    if any(run.checkpoints.glob("epoch_*.pt")):
+        progress = load_checkpoint(run.checkpoints, unit, ema, optimizer, accelerator)
+        if accelerator.is_main_process:
+            run.truncate_results(before_epoch=progress.epoch + 1)
+        report.say(f"resumed: {progress.epoch} of {config.train.epochs} epochs are done")
+
+    trained, stepper, loader = accelerator.prepare(unit, optimizer, data.train.loader)
+    evaluate_val = evaluation(data.val, accelerator)
+    evaluate_test = evaluation(data.test, accelerator) if data.test is not data.val else evaluate_val
+    teacher_ap = evaluate_val(teacher.detector).ap if teacher else None
+
+    seconds: list[float] = []
+    for epoch in range(progress.epoch, config.train.epochs):
+        began = time.perf_counter()
+        # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
+        set_seed(config.seed * 100_003 + epoch, device_specific=True)
+
+        ap_after_cut = None
+        if pruner and epoch in pruner.epochs:
+            if progress.before is None:
+                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+            plan = agree(accelerator, pruner.plan(unit, epoch) if accelerator.is_main_process else None)
+            uncut = size(student, image_size)
+            del trained  # a distributed wrapper would hold on to the old shapes
+            release(accelerator, unit)
+            cut_everywhere(plan, unit, ema, optimizer)
+            trained = accelerator.prepare_model(unit)
+            progress.record_cut(plan, step=epoch * len(loader))
+            ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
+            at_once = f"; AP {ap_after_cut:.3f} right after" if ap_after_cut is not None else ""
+            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{at_once}")
+
+        def set_step_rate(step: int, epoch: int = epoch) -> None:
+            rate = rate_at(
+                epoch * len(loader) + step,
+                total=config.train.epochs * len(loader),
+                warmup=round(settings.warmup_epochs * len(loader)),
+                final=settings.final,
+                cut_step=progress.cut_step,
+                rewarm=config.pruning.warmup_steps if config.pruning else 0,
+            )
+            set_rate(optimizer, rate)
+
+        set_epoch(loader, epoch)
+        with report.progress(len(loader), f"epoch {epoch + 1}/{config.train.epochs}") as bar:
+            losses = train_epoch(trained, unit, teacher, loader, stepper, ema, set_step_rate, bar, accelerator, config)
+        result = evaluate_val(kept)
+
+        progress.epoch = epoch + 1
+        save_checkpoint(run.checkpoints, progress, unit, ema, optimizer, accelerator)
+        seconds.append(time.perf_counter() - began)
+        macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
+        if accelerator.is_main_process:
+            scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, "ap_after_cut": ap_after_cut}
+            per_class = {f"ap_{name}": ap for name, ap in result.per_class.items()}
+            run.append_result(
+                {"epoch": epoch + 1, **losses, "macs": macs, **scores, "lr": lr, "seconds": seconds[-1], **per_class}
+            )
+        recent = seconds[-3:]
+        row = {"epoch": f"{epoch + 1}/{config.train.epochs}", **losses, "macs_left": macs / progress.uncut_macs}
+        row |= {"AP": result.ap, "AP50": result.ap50}
+        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if teacher else {}
+        row |= {"lr": lr, "epoch_time": seconds[-1]}
+        row |= {"time_left": sum(recent) / len(recent) * (config.train.epochs - epoch - 1)}
+        report.epoch_row(row if pruner else {key: value for key, value in row.items() if key != "macs_left"})
+
+    finish(config, kept, teacher, evaluate_test, progress, run, report, accelerator)
+
+
+def train_epoch(
+    trained: torch.nn.Module,
+    unit: Distiller,
+    teacher: Teacher | None,
+    loader,
+    optimizer,
+    ema: EMA | None,
+    set_step_rate: Callable[[int], None],
+    bar: StepProgress,
+    accelerator: Accelerator,
+    config: Config,
+) -> dict[str, float]:
+    """One pass over the training data; the mean of each loss.
+
+    Raises:
+        UserError: a loss is no longer a number.
+    """
+    trained.train()
+    sums: dict[str, torch.Tensor] = {}
+    steps = 0
+    for step, batch in enumerate(loader):
+        if not len(batch.images):  # every image of the batch was unreadable, and the settings say to skip such
+            continue
+        set_step_rate(step)
+        with accelerator.accumulate(trained):
+            taught = teacher(batch.images) if teacher else None
+            loss, parts = trained(batch.images, batch.targets, taught)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and config.train.optimizer.clip_norm:
+                accelerator.clip_grad_norm_(unit.parameters(), config.train.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if ema and accelerator.sync_gradients:
+            ema.update(unit.student)
+        steps += 1
+        sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
+        # reading a loss makes a GPU wait, so the bar gets them only now and then
+        bar.advance({name: float(value) for name, value in parts.items()} if step % 10 == 0 else None)
+    means = {name: float(value) / steps for name, value in sums.items()}
+    bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+    if bad:
+        raise UserError(
+            f"losses: {', '.join(bad)} became {means[bad[0]]}; lower train.optimizer.lr or the weight of that loss, and "
+            f"start anew"
+        )
+    return means
+
+
+def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detector], EvaluationResult]:
+    """A function that says what a detector is worth on a split."""
+    evaluator = DetectionEvaluator(split.index.to_coco(), split.index.class_names)
+    loader = accelerator.prepare(split.loader)
+    return lambda detector: run_evaluation(detector, loader, evaluator, accelerator)
+
+
+def finish(
+    config: Config,
+    kept: Detector,
+    teacher: Teacher | None,
+    evaluate: Callable[[Detector], EvaluationResult],
+    progress: Progress,
+    run: RunFolder,
+    report: Report,
+    accelerator: Accelerator,
+) -> None:
+    """Saves the student, writes the summary and prints the table that compares it with its teacher."""
+    image_size = config.data.image_size
+    after = describe(evaluate(kept), kept, image_size)
+    of_teacher = describe(evaluate(teacher.detector), teacher.detector, image_size) if teacher else None
+    if not accelerator.is_main_process:
+        return
+    detectors = {"teacher": teacher.detector if teacher else None, "student": kept, "student_before": None}
+    if progress.plans:
+        detectors["student_before"] = students.build(**kept.recipe).to(accelerator.device)  # for its shape alone
+    latency = {name: measure_latency(d, image_size) for name, d in detectors.items() if d is not None}
+    entries = {"teacher": of_teacher, "student_before": progress.before, "student": after}
+    entries = {name: entry | {"latency_ms": latency[name]} if entry else None for name, entry in entries.items()}
+    info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
+    students.save(kept, run.student, info | {"split": config.data.test or config.data.val, **after})
+    run.write_summary({**entries, "split": config.data.test or config.data.val, "epochs": config.train.epochs})
+    titles = {"teacher": "teacher", "student_before": "student before cutting", "student": "student"}
+    split = config.data.test or config.data.val
+    report.table(
+        f"{run.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {accelerator.device.type}",
+        COLUMNS,
+        table_rows({title: entries[name] for name, title in titles.items()}),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
