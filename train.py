@@ -29,6 +29,7 @@ from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluat
 from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
+from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.report import Report, StepProgress
 from distill.run_folder import TEACHER_RUN, RunFolder
 from distill.summary import COLUMNS, banner_rows, describe, size, table_rows
@@ -119,7 +120,7 @@ def fit(
 ) -> None:
     """Trains the unit, from its last checkpoint if there is one, and writes what it was worth."""
     settings, image_size = config.train.optimizer, config.data.image_size
-    student = unit.to(accelerator.device).student
+    student = unit.to(accelerator.device, memory_format=torch.channels_last).student
     teacher = Teacher(teacher_detector, accelerator.device, config.teacher.precision) if teacher_detector else None
     optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
     ema = EMA(student, settings.ema) if settings.ema else None
@@ -151,6 +152,9 @@ def fit(
             del trained  # a distributed wrapper would hold on to the old shapes
             release(accelerator, unit)
             cut_everywhere(plan, unit, ema, optimizer)
+            for detector in dict.fromkeys((student, kept)):
+                batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device)
+                recalibrate_batch_norms(detector, batches)
             trained = accelerator.prepare_model(unit)
             progress.record_cut(plan, step=epoch * len(loader))
             ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None

@@ -18,7 +18,7 @@ class Teacher:
     """
 
     def __init__(self, detector: Detector, device: torch.device | str = "cpu", precision: str = "float32"):
-        self.detector = freeze(detector).to(device)
+        self.detector = freeze(detector).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.dtype = PRECISIONS[precision]
 

@@ -146,7 +146,8 @@ def collate_samples(samples: Sequence[Sample | str], image_size: tuple[int, int]
         image_size: (height, width) of every image, so that a batch without images has a shape too.
     """
     kept = [sample for sample in samples if isinstance(sample, Sample)]
-    images = torch.empty(len(kept), 3, *image_size)
+    # channels last is how images lie on disk and how convolutions run fastest, on CPU and GPU alike
+    images = torch.empty(len(kept), 3, *image_size, memory_format=torch.channels_last)
     for image, sample in zip(images, kept):
         image.copy_(torch.from_numpy(sample.image).permute(2, 0, 1))
     return Batch(

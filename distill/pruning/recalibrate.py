@@ -1,0 +1,55 @@
+"""After a cut the activations that remain have other statistics than the batch norms remember: measure them again."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from distill.data import DetectionDataset, collate_samples
+
+
+@torch.no_grad()
+def recalibrate_batch_norms(detector: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replaces the running statistics of every batch norm by those of a few batches, all weighted alike.
+
+    Nothing else changes: weights, modes, and the momentum that training goes on with. Every rank must be given the same
+    batches, and then ends with the same statistics.
+
+    Args:
+        detector: any detector; one without batch norms is left alone.
+        batches: images (B, 3, H, W) in [0, 1].
+    """
+    norms = [m for m in detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    with _cumulative(norms):
+        for images in batches:
+            detector(images)
+
+
+@contextmanager
+def _cumulative(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    before = [(norm.momentum, norm.training, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True  # None: a plain mean over all batches
+    try:
+        yield
+    finally:
+        for norm, (momentum, training, tracked) in zip(norms, before):
+            norm.momentum, norm.training = momentum, training
+            norm.num_batches_tracked.copy_(tracked)
+
+
+def calibration_batches(
+    dataset: DetectionDataset, batch_size: int, device: torch.device, number: int = 8
+) -> Iterator[Tensor]:
+    """Training images spread evenly over the data set, the same for every call and rank."""
+    wanted = min(len(dataset), number * batch_size)
+    positions = [i * len(dataset) // wanted for i in range(wanted)]
+    for first in range(0, wanted, batch_size):
+        samples = [dataset[(position, 0)] for position in positions[first : first + batch_size]]
+        images = collate_samples(samples, dataset.transform.image_size).images
+        if len(images):
+            yield images.to(device)
