@@ -22,7 +22,7 @@ from distill.checkpoint import Progress, load_checkpoint, save_checkpoint
 from distill.config import Config, check_config, load_config
 from distill.data import set_epoch
 from distill.distiller import Distiller
-from distill.distributed import release
+from distill.distributed import on_main, release
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
@@ -31,7 +31,7 @@ from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.report import Report, StepProgress
-from distill.run_folder import TEACHER_RUN, RunFolder
+from distill.run_folder import RunFolder
 from distill.summary import COLUMNS, banner_rows, describe, size, table_rows
 from students import Detector
 from teachers import Teacher
@@ -66,6 +66,7 @@ def main() -> int:
 def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     """One run, from settings to the last table; a teacher that must be trained first is a run of its own."""
     accelerator = Accelerator()
+    on_main(accelerator, lambda: build.draw_data(config.data))
     data = build.build_data(config.data, config.seed)
     set_seed(config.seed)
     teacher = build.build_teacher(config, data.class_names)
@@ -73,10 +74,9 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     pruner = build.build_pruner(config, unit)
 
     run = RunFolder(config.output_dir)
-    if not resume and not dry_run and accelerator.is_main_process:
-        settings = config.model_dump(mode="json")
-        RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=["teacher", TEACHER_RUN])
-    accelerator.wait_for_everyone()
+    if not resume and not dry_run:
+        settings, kept = config.model_dump(mode="json"), [run.teacher.name, run.teacher_run.name]
+        on_main(accelerator, lambda: RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=kept))
     report = Report(None if dry_run else run.log_file, enabled=accelerator.is_main_process)
     report.banner(f"distill · {run.path}", banner_rows(config, data, unit, teacher, pruner, accelerator))
     for split in {id(s): s for s in (data.train, data.val, data.test)}.values():
@@ -93,7 +93,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
 
 def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
     """The run's own teacher: trained by the same loop, once; a finished one with the same settings is reused."""
-    training = RunFolder(run.path / TEACHER_RUN)
+    training = RunFolder(run.teacher_run)
     settings = build.teacher_run_config(config, training.path)
     same = training.config_file.is_file() and check_config(training.config, str(training.config_file)) == settings
     if same and training.is_finished:
@@ -283,7 +283,7 @@ def finish(
     report.table(
         f"{run.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {accelerator.device.type}",
         COLUMNS,
-        table_rows({title: entries[name] for name, title in titles.items()}),
+        table_rows({title: entries[name] for name, title in titles.items()}, reference="teacher"),
     )
 
 

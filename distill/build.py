@@ -44,11 +44,15 @@ class Data:
         return list(self.train.index.class_names)
 
 
-def build_data(config: DataConfig, seed: int = 0) -> Data:
-    """Opens the splits that the settings name, drawing the synthetic scenes first where they are asked for."""
+def draw_data(config: DataConfig) -> None:
+    """Draws the synthetic scenes, if the settings ask for them and they are not there yet."""
     if config.synthetic:
         scenes = config.synthetic
         draw_scenes(config.root, train=scenes.train, val=scenes.val, image_size=scenes.size, seed=scenes.seed)
+
+
+def build_data(config: DataConfig, seed: int = 0) -> Data:
+    """Opens the splits that the settings name."""
     train = open_split(config, config.train, config.classes)
     class_names = train.class_names
     augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump())

@@ -1,9 +1,27 @@
-"""What a cut needs from Accelerate: the wrappers around the trained unit come off, and nothing holds on to them."""
+"""What several processes need beyond Accelerate: one that acts for all, and wrappers that come off before a cut."""
 
 import gc
+from collections.abc import Callable
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
+
+from distill.errors import UserError
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Acts on the main process while the others wait; a `UserError` there is raised everywhere, so that none hangs."""
+    problem: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            problem = [str(error)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 def release(accelerator: Accelerator, unit: nn.Module) -> None:

@@ -63,6 +63,10 @@ class RunFolder:
     def teacher(self) -> Path:
         return self.path / TEACHER
 
+    @property
+    def teacher_run(self) -> Path:
+        return self.path / TEACHER_RUN
+
     @classmethod
     def create(
         cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool, keep: Sequence[str] = ()
@@ -110,7 +114,7 @@ class RunFolder:
         if run.is_finished:
             raise UserError(f"resume: {path} is finished ({run._finished_on()}); its student is in {run.student}")
         if not run._has_checkpoint():
-            raise UserError(f"resume: {path} holds no run: no checkpoint in {CHECKPOINTS}/; start it anew instead")
+            raise UserError(f"resume: {path} has no checkpoint yet, it stopped in its first epoch; start it anew instead")
         return run
 
     @property
@@ -224,7 +228,8 @@ class RunFolder:
         return self.config_file.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE)
 
     def _has_checkpoint(self) -> bool:
-        return any(self.checkpoints.glob("epoch_*.pt"))
+        """Whether there is anything to go on from: an epoch of this run, or of the run that trains its teacher."""
+        return any(any((folder / CHECKPOINTS).glob("epoch_*.pt")) for folder in (self.path, self.path / TEACHER_RUN))
 
     def _finished_on(self) -> str:
         return f"{datetime.fromtimestamp(self.summary_file.stat().st_mtime):%Y-%m-%d %H:%M}"

@@ -72,17 +72,27 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
 COLUMNS = ("", "AP", "AP50", "AP75", "of teacher", "params", "MACs", "latency")
 
 
-def table_rows(entries: dict[str, dict[str, Any] | None]) -> list[list[str | None]]:
-    """Rows under `COLUMNS` for entries of a summary by title; missing entries are left out."""
-    teacher_ap = (entries.get("teacher") or {}).get("ap")
+def table_rows(entries: dict[str, dict[str, Any] | None], reference: str | None = None) -> list[list[str | None]]:
+    """Rows under `COLUMNS`; missing entries are left out.
+
+    Args:
+        entries: entries of a summary, by the title of their row.
+        reference: the title of the teacher, whose AP the others are compared with.
+    """
+    teacher_ap = (entries.get(reference) or {}).get("ap")
     rows = []
     for title, entry in entries.items():
         if entry is None:
             continue
         share = entry["ap"] / teacher_ap if teacher_ap and entry["ap"] is not None else None
-        latency = entry.get("latency_ms")
-        rows.append([
-            title, human_ap(entry["ap"]), human_ap(entry["ap50"]), human_ap(entry["ap75"]), human_share(share),
-            human_count(entry["params"]), human_macs(entry["macs"]), f"{latency:.1f} ms" if latency else None,
-        ])
+        rows.append(
+            [
+                title,
+                *(human_ap(entry[key]) for key in ("ap", "ap50", "ap75")),
+                human_share(share),
+                human_count(entry["params"]),
+                human_macs(entry["macs"]),
+                f"{entry['latency_ms']:.1f} ms",
+            ]
+        )
     return rows

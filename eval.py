@@ -1,0 +1,91 @@
+"""What detectors are worth, side by side: AP, parameters, MACs and latency of any number of artifact folders.
+
+    python eval.py runs/bccd/student runs/bccd/teacher
+    python eval.py runs/bccd/student --split val --per-class data.root=PATH
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import students
+from distill.build import evaluation_split
+from distill.config import Config, check_config, override, read_yaml
+from distill.errors import UserError
+from distill.evaluation import DetectionEvaluator, run_evaluation
+from distill.measure import measure_latency
+from distill.report import Report, human_ap
+from distill.run_folder import CONFIG
+from distill.summary import COLUMNS, describe, table_rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="artifact folders, and key=value to change settings")
+    parser.add_argument("--config", help="whose data section to use; the config.yaml beside the first folder otherwise")
+    parser.add_argument("--split", help="data.test otherwise, or data.val where there is no test split")
+    parser.add_argument("--per-class", action="store_true", help="also AP of each class")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to a file")
+    args = parser.parse_args()
+    overrides = [item for item in args.folders if "=" in item]
+    folders = [Path(item) for item in args.folders if "=" not in item]
+    try:
+        if not folders:
+            raise UserError("name a folder to evaluate, such as runs/bccd/student")
+        entries = evaluate(folders, load_settings(folders[0], args.config, overrides), args.split, args.per_class)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        Path(args.json).write_text(json.dumps(entries, indent=2) + "\n")
+    return 0
+
+
+def load_settings(folder: Path, config: str | None, overrides: list[str]) -> Config:
+    """The settings that say where the data is."""
+    source = Path(config) if config else folder.resolve().parent / CONFIG
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; name the config whose data to use with --config configs/NAME.yaml")
+    return check_config(override(read_yaml(source), overrides), str(source))
+
+
+def evaluate(folders: list[Path], config: Config, split: str | None, per_class: bool) -> dict[str, dict]:
+    """Prints the table and returns its numbers, by folder."""
+    report = Report()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    split = split or config.data.test or config.data.val
+    entries = {}
+    for folder in folders:
+        try:
+            detector = students.load(folder).to(device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        info = students.read_info(folder)
+        image_size = tuple(info.get("image_size", config.data.image_size))
+        # every detector sees what it was trained for: its own input size, and its own classes in its own order
+        data = config.data.model_copy(
+            update={"image_size": image_size, "resize": info.get("resize", config.data.resize)}
+        )
+        images = evaluation_split(data, split, detector.class_names)
+        evaluator = DetectionEvaluator(images.index.to_coco(), detector.class_names)
+        result = run_evaluation(detector, images.loader, evaluator)
+        entries[str(folder)] = describe(result, detector, image_size) | {
+            "latency_ms": measure_latency(detector, image_size)
+        }
+    title = f"{config.data.root}, {split}: {len(images.index)} images; latency of one image on {device}"
+    rows = table_rows(entries, reference=str(folders[-1]) if len(folders) > 1 else None)
+    report.table(title, COLUMNS, rows)
+    sizes = ("ap_small", "ap_medium", "ap_large")
+    report.table("AP by size", ("", *sizes), [[name, *(human_ap(e[s]) for s in sizes)] for name, e in entries.items()])
+    if per_class:
+        names = list(next(iter(entries.values()))["per_class"])
+        rows = [[name, *(human_ap(e["per_class"].get(name)) for e in entries.values())] for name in names]
+        report.table("AP by class", ("", *entries), rows)
+    return entries
+
+
+if __name__ == "__main__":
+    sys.exit(main())
