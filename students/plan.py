@@ -115,7 +115,8 @@ def _stage(module: nn.Module, plan: Plan, optimizers: Sequence[Optimizer]) -> li
         if not isinstance(old, nn.Parameter):
             changes.append((owner._buffers, leaf, new))
             continue
-        changes += [(old, "data", new), (old, "grad", None)]
+        # the gradient first: on the way back it must come after the data, whose shape it has
+        changes += [(old, "grad", None), (old, "data", new)]
         for optimizer in optimizers:
             state = optimizer.state.get(old, {})
             for key, value in state.items():
@@ -127,10 +128,11 @@ def _stage(module: nn.Module, plan: Plan, optimizers: Sequence[Optimizer]) -> li
 
 
 def _slice(tensor: Tensor, cuts: list[tuple[int, Cut]]) -> Tensor:
+    # index_select always gives rows first, so what lay channels-last must be put so again
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     for dim, cut in cuts:
         tensor = tensor.index_select(dim, torch.tensor(cut.keep, device=tensor.device, dtype=torch.long))
-    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return tensor if channels_last else tensor.contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _new_widths(module: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, Any]:

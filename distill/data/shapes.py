@@ -75,17 +75,16 @@ CLASSES: dict[str, tuple[Level, str]] = {
     "ring": (_ring, _PLAIN),
     "striped_disc": (_radius, _STRIPED),
     "two_tone_disc": (_radius, _TWO_TONE),
-    "crescent": (_crescent, _ANY),
-    "pentagon": (_polygon(5), _ANY),
-    "hexagon": (_polygon(6), _ANY),
-    "star": (_star(5, 0.45), _ANY),
-}
-DISTRACTORS: dict[str, tuple[Level, str]] = {
     "triangle": (_polygon(3), _ANY),
     "square": (_polygon(4), _ANY),
-    "open_ring": (_open_ring, _PLAIN),
-    "half_disc": (_half_disc, _ANY),
+    "star": (_star(5, 0.45), _ANY),
     "cross": (_cross, _ANY),
+}
+DISTRACTORS: dict[str, tuple[Level, str]] = {
+    "hexagon": (_polygon(6), _ANY),
+    "open_ring": (_open_ring, _PLAIN),
+    "crescent": (_crescent, _ANY),
+    "half_disc": (_half_disc, _ANY),
     "bar": (_bar, _ANY),
 }
 
@@ -116,7 +115,7 @@ def draw_shape(
     heights = level(u, v)
     first, second = _pick_colors(ground, rng)
     if surface == _ANY:
-        surface = rng.choice([_PLAIN, _STRIPED, _TWO_TONE], p=[0.7, 0.15, 0.15])
+        surface = rng.choice([_PLAIN, _STRIPED, _TWO_TONE], p=[0.8, 0.1, 0.1])
     if surface == _STRIPED:
         width, phase = float(rng.uniform(2.2, 3.6) * np.pi), float(rng.uniform(0, 2 * np.pi))
         painted = _average(np.sin(u * width + phase) > 0, side)

@@ -20,7 +20,7 @@ import numpy as np
 from distill.data.shapes import CLASSES, DISTRACTORS, draw_ground, draw_shape, scribble
 from distill.errors import UserError
 
-DRAWER = "distill.data.synthetic 1"  # count up with every change of what is drawn: scenes on disk are then redrawn
+DRAWER = "distill.data.synthetic 2"  # count up with every change of what is drawn: scenes on disk are then redrawn
 
 SMALLEST = 12  # pixels across; squeezed and partly hidden, it comes down to some 8
 
@@ -36,8 +36,8 @@ def draw_scenes(
     val: int = 100,
     image_size: int = 160,
     seed: int = 0,
-    max_objects: int = 8,
-    max_distractors: int = 5,
+    max_objects: int = 6,
+    max_distractors: int = 3,
 ) -> Path:
     """Draws a train and a val split, unless the same ones are there already.
 
@@ -186,11 +186,11 @@ def _photograph(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     light = 1 + tilt[0] * ramp[None, :] + tilt[1] * ramp[:, None]
     tint = rng.uniform(0.85, 1.15) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
     canvas = canvas * light[..., None] * tint.astype(np.float32)
-    sigma = rng.uniform(0, 0.9)
+    sigma = rng.uniform(0, 0.7)
     if sigma > 0.3:
         canvas = cv2.GaussianBlur(canvas, (0, 0), sigma)
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-    return np.clip(canvas + noise * np.float32(rng.uniform(1, 7)), 0, 255).astype(np.uint8)
+    return np.clip(canvas + noise * np.float32(rng.uniform(1, 5)), 0, 255).astype(np.uint8)
 
 
 def _write_split(root: Path, split: str, count: int, wanted: dict, settings: dict) -> None:

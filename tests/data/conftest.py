@@ -1,19 +1,10 @@
-"""Where the real data sets are, and a writer of small images."""
+"""Small images, whole and cut short."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    path = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not path.is_dir():
-        pytest.skip(f"real data sets: {path} does not exist; set SHARED_DATA to their folder")
-    return path
 
 
 @pytest.fixture
