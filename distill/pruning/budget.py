@@ -14,13 +14,14 @@ from students.plan import apply_plan, named_tensors
 def keep_counts(scores: Sequence[Tensor], threshold: float, round_to: int) -> list[int]:
     """How many channels of each group stay when those that score below a global threshold go.
 
-    A count is rounded to the nearest multiple of `round_to`, at least one multiple and never more than there are.
+    A count is rounded to the nearest multiple of `round_to`, at least one multiple and never more than there are; a
+    group that loses nothing keeps the width it has.
     """
     counts = []
     for score in scores:
         wanted = int((score >= threshold).sum())
         rounded = max(round_to, round(wanted / round_to) * round_to)
-        counts.append(min(rounded, len(score)))
+        counts.append(min(rounded, len(score)) if wanted < len(score) else wanted)
     return counts
 
 

@@ -1,0 +1,98 @@
+import copy
+
+import pytest
+import torch
+
+from distill.measure import count_macs
+from distill.pruning.budget import keep_counts, make_plan, meet_macs
+from distill.pruning.graph import ChannelGroup, Member, find_groups
+from distill.pruning.importance import group_l1
+from students.plan import Cut, Plan, apply_plan, named_tensors
+
+SIZE = (64, 64)
+GROUP = ChannelGroup(
+    "a",
+    3,
+    (
+        Member("a.weight", 0, (0, 1, 2), (0, 1, 2)),
+        Member("a.bias", 0, (0, 1, 2), (0, 1, 2)),
+        Member("b.weight", 1, (0, 1, 2, 3, 4, 5), (0, 0, 1, 1, 2, 2)),  # two inputs a channel, as after flattening
+    ),
+)
+TENSORS = {
+    "a.weight": torch.tensor([[1.0, -1], [2, 0], [0, 0]]),
+    "a.bias": torch.tensor([100.0, 100, 100]),
+    "b.weight": torch.tensor([[1.0, 0, 0, 0, -3, 0], [0, 1, 0, 0, 0, 1]]),
+}
+
+
+def macs(student):
+    return count_macs(student, SIZE)
+
+
+def scored(unit):
+    """Groups, their scores, and the unit's tensors as they are now."""
+    groups, tensors = find_groups(unit, SIZE), named_tensors(unit)
+    return groups, [group_l1(group, tensors) for group in groups], {name: t.detach().clone() for name, t in tensors.items()}
+
+
+def test_l1_importance_sums_all_that_a_channel_owns():
+    # 2 + 1 + 1, 2 + 0 + 0, 0 + 3 + 1; biases are left out; divided by the mean 10/3
+    assert torch.allclose(group_l1(GROUP, TENSORS), torch.tensor([4.0, 2, 4]) * 3 / 10)
+
+
+def test_counts_are_rounded_to_the_nearest_multiple():
+    scores = [torch.arange(float(width)) for width in (40, 20, 12, 8, 5)]
+    assert keep_counts(scores, 0.0, 8) == [40, 20, 12, 8, 5]  # what loses nothing is not rounded either
+    assert keep_counts(scores, 1.0, 8) == [40, 16, 8, 8, 5]  # 39, 19, 11, 7 and 4 reach it; never more than there are
+    assert keep_counts(scores, 11.0, 8) == [32, 8, 8, 8, 5]  # 29, 9, 1, 0 and 0 reach it; never less than one multiple
+    assert keep_counts(scores, 16.0, 8) == [24, 8, 8, 8, 5]
+    assert keep_counts(scores, float("inf"), 8) == [8, 8, 8, 8, 5]
+    assert keep_counts(scores, 11.0, 1) == [29, 9, 1, 1, 1]
+
+
+def test_a_plan_keeps_the_best_channels():
+    score = torch.tensor([0.3, 0.1, 0.2])
+    plan = make_plan([GROUP], [score], [2], TENSORS)
+    assert plan == Plan(
+        (Cut(3, (0, 2), (("a.weight", 0), ("a.bias", 0))), Cut(6, (0, 1, 4, 5), (("b.weight", 1),)))
+    )
+    assert make_plan([GROUP], [score], [3], TENSORS) == Plan(())
+    assert make_plan([GROUP], [torch.ones(3)], [1], TENSORS).cuts[0].keep == (2,)  # ties: the first ones go
+
+
+@pytest.mark.parametrize(("backbone", "neck"), [("test_resnet", "fpn"), ("test_efficientnet", "pan")])
+def test_the_mildest_plan_that_meets_the_budget(build_unit, backbone, neck):
+    unit = build_unit(backbone=backbone, neck=neck, channels=32)
+    groups, scores, tensors = scored(unit)
+    before = copy.deepcopy(unit)
+    target = 0.6 * count_macs(unit.student, SIZE)
+    plan, left = meet_macs(unit, unit.student, groups, scores, target, macs, 8)
+    assert all(torch.equal(x, y) for x, y in zip(unit.state_dict().values(), before.state_dict().values()))  # a plan only
+    apply_plan([(unit, plan)])
+    assert macs(unit.student) == left <= target
+    for cut in plan.cuts:
+        assert len(cut.keep) % 8 == 0 and 8 <= len(cut.keep) < cut.width
+
+    # the widths that the next lower threshold gives would leave too much
+    steps = [keep_counts(scores, float(t), 8) for t in torch.unique(torch.cat(scores))]
+    steps = [counts for n, counts in enumerate(steps) if counts != steps[n - 1]]
+    live = named_tensors(unit)
+    chosen = steps.index([len(live[g.members[0].name].movedim(g.members[0].dim, 0)) for g in groups])
+    apply_plan([(before, make_plan(groups, scores, steps[chosen - 1], tensors))])
+    assert macs(before.student) > target
+
+
+def test_no_wider_than_it_was_and_whole_where_nothing_goes(build_unit):
+    unit = build_unit(channels=20)  # no multiple of 8
+    groups, scores, _ = scored(unit)
+    plan, left = meet_macs(unit, unit.student, groups, scores, macs(unit.student), macs, 8)
+    assert not plan and left == macs(unit.student)
+
+
+def test_a_budget_out_of_reach_gives_the_heaviest_plan(build_unit):
+    unit = build_unit()
+    groups, scores, _ = scored(unit)
+    plan, left = meet_macs(unit, unit.student, groups, scores, 0, macs, 8)
+    assert left > 0
+    assert {len(cut.keep) for cut in plan.cuts} == {8}

@@ -1,0 +1,127 @@
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from distill.errors import UserError
+from distill.measure import count_macs
+from distill.pruning.pruner import Pruner, agree, cut_everywhere
+from students.plan import Cut, Plan, named_tensors
+
+SIZE = (64, 64)
+
+
+def pruner_for(unit, **changes):
+    settings = {"target": 0.6, "start": 1, "end": 3}
+    return Pruner(count_macs(unit.student, SIZE), SIZE, **settings | changes)
+
+
+def outputs(detector, images):
+    with torch.no_grad():
+        return [level for levels in detector.eval()(images) for level in levels]
+
+
+def test_the_schedule_is_followed_within_the_rounding(build_unit):
+    unit = build_unit(channels=32)
+    uncut = count_macs(unit.student, SIZE)
+    pruner = pruner_for(unit, every=2)
+    assert pruner.epochs == [1, 3]
+    optimizer = torch.optim.AdamW(unit.parameters())
+    for epoch, wanted in ((1, 0.6 + 0.4 / 8), (3, 0.6)):
+        plan = pruner.plan(unit, epoch)
+        cut_everywhere(plan, unit, None, optimizer)
+        left = count_macs(unit.student, SIZE) / uncut
+        assert wanted - 0.12 < left <= wanted
+    assert len(unit.student.plans) == 2
+    assert not pruner.plan(unit, 3)
+
+
+def test_all_that_follows_the_student_is_sliced_alike(make_trained, images):
+    unit, ema, optimizer, _ = make_trained()
+    ema.module.load_state_dict(unit.student.state_dict())
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(unit).items()}
+    moments = {name: copy.deepcopy(optimizer.state[p]) for name, p in unit.named_parameters()}
+    identities = {id(p) for p in unit.parameters()}
+    plan = pruner_for(unit).plan(unit, 3)
+    cut_everywhere(plan, unit, ema, optimizer)
+
+    by_tensor = {}
+    for cut in plan.cuts:
+        for name, dim in cut.slices:
+            by_tensor.setdefault(name, []).append((dim, torch.tensor(cut.keep)))
+    assert any(name.startswith("terms.feature_mimic.adapters") for name in by_tensor)
+
+    def sliced(tensor, name):
+        for dim, keep in by_tensor.get(name, ()):
+            tensor = tensor.index_select(dim, keep)
+        return tensor
+
+    for name, tensor in named_tensors(unit).items():
+        assert torch.equal(tensor, sliced(before[name], name)), name
+    for name, parameter in unit.named_parameters():
+        state = optimizer.state[parameter]
+        assert state["step"] == moments[name]["step"] == 2
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[key], sliced(moments[name][key], name)), (name, key)
+
+    # the optimizer owns exactly the live parameters, and they are the ones it owned before
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(owned) == len(identities) and {id(p) for p in owned} == {id(p) for p in unit.parameters()} == identities
+
+    assert all(map(torch.equal, outputs(ema.module, images), outputs(unit.student, images)))
+    assert unit.student.plans == ema.module.plans == [plan.below("student.")]
+    assert ema.updates == 2
+
+
+def test_training_goes_on_and_reaches_the_parameters(make_trained):
+    unit, ema, optimizer, step = make_trained()
+    cut_everywhere(pruner_for(unit).plan(unit, 3), unit, ema, optimizer)
+    before = [p.detach().clone() for p in unit.parameters()]
+    averaged = [p.clone() for p in ema.module.parameters()]
+    step()
+    still = {name for (name, p), old in zip(unit.named_parameters(), before) if torch.equal(p, old)}
+    still |= {name for (name, p), old in zip(ema.module.named_parameters(), averaged) if torch.equal(p, old)}
+    # but for the box norms of levels that no object was given to
+    assert {name for name in still if ".box_tower.0.norms." not in f".{name}"} == set()
+    assert len(still) < 10
+
+
+def test_frozen_parameters_stay_frozen(make_trained):
+    def freeze(unit):
+        unit.student.backbone.requires_grad_(False)
+
+    unit, ema, optimizer, step = make_trained(before_training=freeze)
+    cut_everywhere(pruner_for(unit).plan(unit, 3), unit, ema, optimizer)
+    assert {name for name, p in unit.named_parameters() if not p.requires_grad} == {
+        f"student.backbone.{name}" for name, _ in unit.student.backbone.named_parameters()
+    }
+    before = [p.clone() for p in unit.student.backbone.parameters()]
+    step()
+    assert all(map(torch.equal, unit.student.backbone.parameters(), before))
+
+
+def test_a_cut_that_does_not_fit_leaves_everything(make_trained, images):
+    unit, ema, optimizer, _ = make_trained()
+    plan = pruner_for(unit).plan(unit, 3)
+    wrong = Plan((*plan.cuts, Cut(5, (0,), (("student.head.class_logits.bias", 0),))))
+    before = outputs(unit.student, images), outputs(ema.module, images)
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in unit.parameters()]
+    with pytest.raises(ValueError, match=r"class_logits.bias' of width 5; here it is 2"):
+        cut_everywhere(wrong, unit, ema, optimizer)
+    for detector, wanted in zip((unit.student, ema.module), before):
+        assert all(map(torch.equal, outputs(detector, images), wanted))
+        assert detector.plans == []
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in zip(unit.parameters(), moments))
+
+
+def test_a_target_out_of_reach_is_told(build_unit):
+    unit = build_unit()
+    pruner_for(unit).check(unit)
+    with pytest.raises(UserError, match=r"^pruning.target: 0.01 cannot be reached; with every width cut to 8 .* 0\.\d+ of"):
+        pruner_for(unit, target=0.01).check(unit)
+
+
+def test_one_process_agrees_with_itself():
+    plan = Plan((Cut(2, (0,), (("a", 0),)),))
+    assert agree(Accelerator(), plan) is plan

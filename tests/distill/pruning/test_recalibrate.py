@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+
+from distill.data import DetectionDataset, build_resize, open_index
+from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
+
+
+def test_running_statistics_are_the_mean_over_batches():
+    norm = nn.BatchNorm2d(1, momentum=0.1).eval()
+    norm.running_mean.fill_(99.0)
+    norm.num_batches_tracked.fill_(5)
+    network = nn.Sequential(norm, nn.Dropout(0.5)).eval()
+    batches = [torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.tensor([0.0, 3, 6, 3]).view(4, 1, 1, 1)]
+    recalibrate_batch_norms(network, batches)
+    assert norm.running_mean.tolist() == [2.5]  # of 2 and 3
+    assert norm.running_var.tolist() == [4.0]  # of the unbiased variances 2 and 6
+    assert norm.momentum == 0.1 and norm.num_batches_tracked == 5
+    assert not any(module.training for module in network.modules())
+
+
+def test_modes_and_weights_stay_whatever_happens():
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).train()
+    network[2].eval()
+    weights = [p.clone() for p in network.parameters()]
+
+    def failing():
+        yield torch.rand(2, 3, 4, 4)
+        raise OSError
+
+    with pytest.raises(OSError):
+        recalibrate_batch_norms(network, failing())
+    assert [network[n].training for n in (1, 2)] == [True, False]
+    assert network[1].momentum == 0.1
+    assert all(map(torch.equal, network.parameters(), weights))
+
+
+def test_batches_are_spread_evenly_and_the_same_each_time(scenes):
+    dataset = DetectionDataset(open_index(scenes, "train"), build_resize((64, 64), "letterbox"))
+    seen = torch.stack([torch.from_numpy(dataset[n].image) for n in range(8)]).permute(0, 3, 1, 2) / 255
+
+    def batches(*arguments):
+        return list(calibration_batches(dataset, *arguments, device=torch.device("cpu"), number=2))
+
+    assert [len(batch) for batch in batches(3)] == [3, 3]
+    assert torch.allclose(torch.cat(batches(2)), seen[[0, 2, 4, 6]])
+    assert [len(batch) for batch in batches(6)] == [6, 2]  # all there are
+    assert all(map(torch.equal, batches(3), batches(3)))
+
+
+def test_statistics_of_a_detector_fit_its_images(build_tiny, images):
+    detector = build_tiny().eval()
+    recalibrate_batch_norms(detector, [images])
+    seen = []
+    detector.backbone.body.conv1[1].register_forward_hook(lambda module, args, output: seen.append(output.clone()))  # before the ReLU in place
+    with torch.no_grad():
+        detector(images)
+    # normalised by the statistics of these very images: zero mean, unit variance a channel
+    assert torch.allclose(seen[0].mean(dim=(0, 2, 3)), torch.zeros(16), atol=1e-4)
+    assert torch.allclose(seen[0].std(dim=(0, 2, 3)), torch.ones(16), atol=1e-2)

@@ -1,0 +1,145 @@
+import re
+
+import pytest
+import yaml
+
+from distill.config import check_config, load_config
+from distill.errors import UserError
+
+
+def refused(settings, message):
+    with pytest.raises(UserError, match=f"^here: {re.escape(message)}$"):
+        check_config(settings, "here")
+
+
+@pytest.fixture
+def write(tmp_path, settings):
+    def write(text=None):
+        path = tmp_path / "a.yaml"
+        path.write_text(yaml.safe_dump(settings) if text is None else text)
+        return path
+
+    return write
+
+
+def test_overrides_reach_any_depth(write):
+    config = load_config(
+        write(),
+        [
+            "student.backbone=resnet18",
+            "train.optimizer.lr=1e-4",  # a string to YAML 1.1, a number to us
+            "data.image_size=[48, 64]",
+            "data.augment.crop_scale=[0.4, 1.0]",
+            "losses.feature_mimic.weight=0.5",
+            "pruning=null",
+            "data.class_map={disc: null}",
+        ],
+    )
+    assert config.student.backbone == "resnet18"
+    assert config.train.optimizer.lr == 1e-4
+    assert config.data.image_size == (48, 64)
+    assert config.data.augment.crop_scale == (0.4, 1.0)
+    assert config.losses["feature_mimic"].weight == 0.5 and config.losses["feature_mimic"].name == "pkd"
+    assert config.pruning is None
+    assert config.data.class_map == {"disc": None}
+    assert load_config(write()).data.image_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs", "'epochs': an override is written key=value, such as train.epochs=20"),
+        ("=3", "'=3': an override is written key=value, such as train.epochs=20"),
+        ("data.classes=[a", "data.classes: '[a' is not a YAML value; quote it"),
+        ("output_dir.x=1", "output_dir.x: output_dir is a single value and has no keys below it"),
+    ],
+)
+def test_overrides_that_are_none(write, override, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        load_config(write(), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.bakbone=resnet18", "student.bakbone: no such key; did you mean backbone?"),
+        ("train.optimizer.learning=1", "train.optimizer.learning: no such key; allowed: lr, backbone_lr, weight_decay, "),
+        ("losses.soft_label.betta=1", "losses.soft_label.betta: no such key; did you mean beta?"),
+        ("teacher.detector.chanels=8", "teacher.detector.chanels: no such key; did you mean channels?"),
+        ("loses={}", "loses: no such key; did you mean losses?"),
+        ("train.epochs=many", "train.epochs: input should be a valid integer, unable to parse string as an integer; found 'many'"),
+        ("train.epochs=0", "train.epochs: input should be greater than or equal to 1; found 0"),
+        ("train.epochs=2.5", "train.epochs: input should be a valid integer"),
+        ("pruning.target=1.5", "pruning.target: input should be less than 1; found 1.5"),
+        ("student.neck=fpm", "student.neck: 'fpm' is not allowed; choose 'fpn' or 'pan'; did you mean fpn?"),
+        ("student=resnet18", "student: input should be a valid dictionary or instance of DenseConfig; found 'resnet18'"),
+        ("losses.soft_label.name=dense_sigmoit", "losses.soft_label: name 'dense_sigmoit' is not allowed, did you mean dense_sigmoid; choose name: 'dense_sigmoid', 'plain_mimic', 'pkd', 'attention_transfer'"),
+        ("losses.more={weight: 1}", "losses.more: name None is not allowed; choose name: 'dense_sigmoid', "),
+        ("losses.more=pkd", "losses.more: "),
+        ("teacher=null", "losses are given but no teacher; add a teacher section, or remove losses"),
+        ("teacher.train=null", "teacher: give path, the folder of a trained detector, or both detector and train to train it first"),
+        ("pruning.end=0", "pruning: end (0) lies before start (1); cuts go from start to end"),
+        ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, so that the last epoch is 4"),
+    ],
+)  # fmt: skip
+def test_wrong_keys_and_values(write, override, message):
+    path = write()
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {re.escape(message)}") as caught:
+        load_config(path, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named_and_others_counted(settings):
+    del settings["output_dir"]
+    refused(settings, "output_dir: is missing; add it, or give output_dir=VALUE on the command line")
+    del settings["student"]["backbone"]
+    refused(settings, "output_dir: is missing; add it, or give output_dir=VALUE on the command line (1 more)")
+    settings["student"]["bakbone"] = "resnet18"
+    refused(settings, "student.bakbone: no such key; did you mean backbone? (2 more)")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", ", line 1: is not valid YAML"),
+        ("a: 1\nb: : 2", ", line 2: is not valid YAML"),
+        ("- a\n- b", ": holds no settings; a config is a YAML mapping"),
+        ("", ": holds no settings"),
+    ],
+)
+def test_files_that_are_no_config(write, text, message):
+    path = write(text)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path) + message)}") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_exist_comes_with_a_near_one(write, tmp_path):
+    write()
+    with pytest.raises(UserError, match=rf"b\.yaml: no such config file; .* did you mean {tmp_path}/a\.yaml\?$"):
+        load_config(tmp_path / "b.yaml")
+
+
+def test_every_shipped_config_is_valid_and_says_what_it_is(repository):
+    paths = sorted((repository / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        config = load_config(path)
+        assert check_config(config.model_dump(mode="json"), "dumped") == config
+        assert path.read_text().startswith("# "), path
+
+
+def test_values_survive_the_run_folder(settings):
+    settings["data"] |= {"class_map": {"disc": None, "ring": "hoop"}, "augment": {"crop_scale": [0.3, 0.9]}}
+    config = check_config(settings, "here")
+    again = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert check_config(again, "there") == config
+
+
+def test_defaults_are_those_of_the_recipe():
+    config = check_config(
+        {"output_dir": "x", "data": {"root": "y", "image_size": 64}, "student": {"backbone": "z"}}, "here"
+    )
+    assert (config.train.epochs, config.data.batch_size, config.student.channels) == (12, 8, 96)
+    assert (config.train.optimizer.lr, config.train.optimizer.ema, config.seed) == (1e-3, 0.998, 0)
+    assert config.teacher is None and config.pruning is None and config.losses == {}

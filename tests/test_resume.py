@@ -1,0 +1,122 @@
+"""A run that was interrupted and resumed ends like one that was not, to the bit."""
+
+import csv
+import json
+import sys
+
+import pytest
+import yaml
+
+import students
+import train
+
+
+class Interrupted(Exception):
+    """Stands for a power cut: nothing catches it."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Breaks the run off after an epoch's training and before its evaluation, epochs counted from 1."""
+
+    def at(epoch, while_distilling):
+        original, done = train.train_epoch, []
+
+        def train_epoch(trained, unit, teacher, *arguments, **keywords):
+            losses = original(trained, unit, teacher, *arguments, **keywords)
+            if (teacher is not None) == while_distilling:
+                done.append(losses)
+                if len(done) == epoch:
+                    monkeypatch.setattr(train, "train_epoch", original)
+                    raise Interrupted
+            return losses
+
+        monkeypatch.setattr(train, "train_epoch", train_epoch)
+
+    return at
+
+
+@pytest.fixture
+def start(settings, tmp_path, monkeypatch):
+    """`python train.py`, in this process, on a config whose output goes to the folder of that name."""
+
+    def start(name, *arguments):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings | {"output_dir": str(tmp_path / name)}))
+        monkeypatch.setattr(sys, "argv", ["train.py", *(arguments or [str(path)])])
+        return train.main()
+
+    return start
+
+
+def results(run):
+    with (run / "results.csv").open() as file:
+        return [{key: cell for key, cell in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def summary(run):
+    """The last table's numbers, without what is measured in milliseconds."""
+    entries = json.loads((run / "summary.json").read_text())
+    return {k: {x: y for x, y in v.items() if x != "latency_ms"} if isinstance(v, dict) else v for k, v in entries.items()}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(start, interrupt, tmp_path, capsys):
+    # a trained teacher, all three losses, one cut before the interruption and one after
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start("whole") == 0
+    interrupt(3, while_distilling=True)
+    with pytest.raises(Interrupted):
+        start("broken")
+    assert [row["epoch"] for row in results(broken)] == ["1", "2"]
+    assert not (broken / "summary.json").exists() and not (broken / "student").exists()
+    capsys.readouterr()
+    assert start("broken", "--resume", str(broken)) == 0
+
+    said = capsys.readouterr().out
+    assert "resumed: 2 of 5 epochs are done" in said and "is reused" in said
+    assert len(students.load(whole / "student").plans) == 2
+    for folder in ("teacher", "student"):
+        for file in ("model.safetensors", "plans.json"):
+            assert (broken / folder / file).read_bytes() == (whole / folder / file).read_bytes(), (folder, file)
+    assert results(broken) == results(whole)
+    assert len(results(whole)) == 5
+    macs = [int(row["macs"]) for row in results(whole)]
+    assert macs[0] > macs[1] == macs[2] > macs[3] == macs[4]
+    assert summary(broken) == summary(whole)
+
+
+def test_a_teacher_that_was_interrupted_goes_on_and_a_finished_one_is_reused(
+    start, interrupt, settings, tmp_path, capsys
+):
+    settings["pruning"] = None
+    settings["teacher"]["train"]["epochs"] = 2
+    settings["train"]["epochs"] = 1
+    run = tmp_path / "run"
+    trained = run / "teacher_run/student/model.safetensors"
+
+    def said(status, *arguments):
+        capsys.readouterr()
+        assert start("run", *arguments) == status
+        return capsys.readouterr().out
+
+    interrupt(2, while_distilling=False)  # in the teacher's second epoch
+    with pytest.raises(Interrupted):
+        start("run")
+    interrupt(1, while_distilling=True)  # in the student's first
+    capsys.readouterr()
+    with pytest.raises(Interrupted):
+        start("run", "--resume", str(run))
+    assert "resumed: 1 of 2 epochs are done" in capsys.readouterr().out
+    written = trained.stat().st_mtime_ns
+
+    reused = "is finished and has the same settings; it is reused"
+    assert reused in said(0, "--resume", str(run))
+    assert len(results(run)) == 1
+    settings["overwrite"] = True
+    settings["student"] = settings["student"] | {"channels": 8}  # no matter to the teacher
+    assert reused in said(0)
+    assert trained.stat().st_mtime_ns == written
+
+    settings["teacher"]["train"]["epochs"] = 1
+    assert "teacher: is trained first" in said(0)
+    assert trained.stat().st_mtime_ns > written
