@@ -14,6 +14,7 @@ import numpy as np
 Level = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _LEAST_CONTRAST = 70  # between two colours, 0 to 441
+_HUE_SPREAD = 0.06  # turns of the colour wheel; classes lie 0.125 apart
 
 
 def _radius(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -70,33 +71,36 @@ def _bar(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 _PLAIN, _STRIPED, _TWO_TONE, _ANY = "plain", "striped", "two_tone", "any"
 
-CLASSES: dict[str, tuple[Level, str]] = {
-    "disc": (_radius, _PLAIN),
-    "ring": (_ring, _PLAIN),
-    "striped_disc": (_radius, _STRIPED),
-    "two_tone_disc": (_radius, _TWO_TONE),
-    "triangle": (_polygon(3), _ANY),
-    "square": (_polygon(4), _ANY),
-    "star": (_star(5, 0.45), _ANY),
-    "cross": (_cross, _ANY),
+# Outline, surface, and the hue in [0, 1) that most members of the class are near. Neighbours in hue differ in outline or
+# surface, and distractors have any hue, so colour helps early on and is never enough.
+CLASSES: dict[str, tuple[Level, str, float | None]] = {
+    "disc": (_radius, _PLAIN, 0.0),
+    "ring": (_ring, _PLAIN, 0.12),
+    "striped_disc": (_radius, _STRIPED, 0.25),
+    "two_tone_disc": (_radius, _TWO_TONE, 0.37),
+    "triangle": (_polygon(3), _ANY, 0.5),
+    "square": (_polygon(4), _ANY, 0.62),
+    "star": (_star(5, 0.45), _ANY, 0.75),
+    "cross": (_cross, _ANY, 0.87),
 }
-DISTRACTORS: dict[str, tuple[Level, str]] = {
-    "hexagon": (_polygon(6), _ANY),
-    "open_ring": (_open_ring, _PLAIN),
-    "crescent": (_crescent, _ANY),
-    "half_disc": (_half_disc, _ANY),
-    "bar": (_bar, _ANY),
+DISTRACTORS: dict[str, tuple[Level, str, float | None]] = {
+    "hexagon": (_polygon(6), _ANY, None),
+    "open_ring": (_open_ring, _PLAIN, None),
+    "crescent": (_crescent, _ANY, None),
+    "half_disc": (_half_disc, _ANY, None),
+    "bar": (_bar, _ANY, None),
 }
 
 
 def draw_shape(
-    level: Level, surface: str, diameter: float, ground: np.ndarray, rng: np.random.Generator
+    level: Level, surface: str, hue: float | None, diameter: float, ground: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws one shape, turned, squeezed, coloured and shaded at random.
 
     Args:
         level: the outline.
         surface: 'plain', 'striped', 'two_tone', or 'any' of them.
+        hue: that the first colour is near; None for any.
         diameter: of the circle around it before squeezing, in pixels.
         ground: (3,) mean colour of what it will lie on, from which it must stand out.
         rng: source of all that is random.
@@ -113,7 +117,8 @@ def draw_shape(
     u, v = (a * x + b * y).astype(np.float32), (c * x + d * y).astype(np.float32)
 
     heights = level(u, v)
-    first, second = _pick_colors(ground, rng)
+    first = _pick_color([ground], hue, rng)
+    second = _pick_color([ground, first], None, rng)
     if surface == _ANY:
         surface = rng.choice([_PLAIN, _STRIPED, _TWO_TONE], p=[0.8, 0.1, 0.1])
     if surface == _STRIPED:
@@ -165,14 +170,14 @@ def _rotation(rng: np.random.Generator) -> np.ndarray:
     return np.array([[cos, -sin], [sin, cos]])
 
 
-def _pick_colors(ground: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours that stand out from the ground and from each other."""
-    first = _pick_color([ground], rng)
-    return first, _pick_color([ground, first], rng)
-
-
-def _pick_color(others: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    candidates = rng.uniform(15, 240, (12, 3)).astype(np.float32)
+def _pick_color(others: list[np.ndarray], hue: float | None, rng: np.random.Generator) -> np.ndarray:
+    """A colour (3,) RGB in 0 to 255, of about this hue, that stands out from all the others."""
+    if hue is None:
+        candidates = rng.uniform(15, 240, (12, 3)).astype(np.float32)
+    else:
+        hues = (hue + rng.normal(0, _HUE_SPREAD, 12)) % 1 * 360
+        colors = np.stack([hues, rng.uniform(0.35, 1, 12), rng.uniform(0.35, 1, 12)], axis=-1).astype(np.float32)
+        candidates = cv2.cvtColor(colors[None], cv2.COLOR_HSV2RGB)[0] * 255
     contrast = np.min([np.linalg.norm(candidates - other, axis=1) for other in others], axis=0)
     enough = np.flatnonzero(contrast > _LEAST_CONTRAST)
     return candidates[enough[0] if len(enough) else contrast.argmax()]

@@ -20,9 +20,9 @@ import numpy as np
 from distill.data.shapes import CLASSES, DISTRACTORS, draw_ground, draw_shape, scribble
 from distill.errors import UserError
 
-DRAWER = "distill.data.synthetic 2"  # count up with every change of what is drawn: scenes on disk are then redrawn
+DRAWER = "distill.data.synthetic 3"  # count up with every change of what is drawn: scenes on disk are then redrawn
 
-SMALLEST = 12  # pixels across; squeezed and partly hidden, it comes down to some 8
+SMALLEST = 14  # pixels across; squeezed and partly hidden, it comes down to some 9
 
 _LEAST_VISIBLE = 0.3  # of an object's area, for it to be annotated
 _LEAST_LEFT = 0.4  # of an object's area, that a later one may leave; above _LEAST_VISIBLE so that few go unannotated

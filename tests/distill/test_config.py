@@ -63,25 +63,41 @@ def test_overrides_that_are_none(write, override, message):
     ("override", "message"),
     [
         ("student.bakbone=resnet18", "student.bakbone: no such key; did you mean backbone?"),
-        ("train.optimizer.learning=1", "train.optimizer.learning: no such key; allowed: lr, backbone_lr, weight_decay, "),
+        (
+            "train.optimizer.learning=1",
+            "train.optimizer.learning: no such key; allowed: lr, backbone_lr, weight_decay, ",
+        ),
         ("losses.soft_label.betta=1", "losses.soft_label.betta: no such key; did you mean beta?"),
         ("teacher.detector.chanels=8", "teacher.detector.chanels: no such key; did you mean channels?"),
         ("loses={}", "loses: no such key; did you mean losses?"),
-        ("train.epochs=many", "train.epochs: input should be a valid integer, unable to parse string as an integer; found 'many'"),
+        (
+            "train.epochs=many",
+            "train.epochs: input should be a valid integer, unable to parse string as an integer; found 'many'",
+        ),
         ("train.epochs=0", "train.epochs: input should be greater than or equal to 1; found 0"),
         ("train.epochs=2.5", "train.epochs: input should be a valid integer"),
         ("pruning.target=1.5", "pruning.target: input should be less than 1; found 1.5"),
         ("student.neck=fpm", "student.neck: 'fpm' is not allowed; choose 'fpn' or 'pan'; did you mean fpn?"),
-        ("student=resnet18", "student: input should be a valid dictionary or instance of DenseConfig; found 'resnet18'"),
-        ("losses.soft_label.name=dense_sigmoit", "losses.soft_label: name 'dense_sigmoit' is not allowed, did you mean dense_sigmoid; choose name: 'dense_sigmoid', 'plain_mimic', 'pkd', 'attention_transfer'"),
+        (
+            "student=resnet18",
+            "student: input should be a valid dictionary or instance of DenseConfig; found 'resnet18'",
+        ),
+        (
+            "losses.soft_label.name=dense_sigmoit",
+            "losses.soft_label: name 'dense_sigmoit' is not allowed, did you mean dense_sigmoid; "
+            "choose name: 'dense_sigmoid', 'plain_mimic', 'pkd', 'attention_transfer'",
+        ),
         ("losses.more={weight: 1}", "losses.more: name None is not allowed; choose name: 'dense_sigmoid', "),
         ("losses.more=pkd", "losses.more: "),
         ("teacher=null", "losses are given but no teacher; add a teacher section, or remove losses"),
-        ("teacher.train=null", "teacher: give path, the folder of a trained detector, or both detector and train to train it first"),
+        (
+            "teacher.train=null",
+            "teacher: give path, the folder of a trained detector, or both detector and train to train it first",
+        ),
         ("pruning.end=0", "pruning: end (0) lies before start (1); cuts go from start to end"),
         ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, so that the last epoch is 4"),
     ],
-)  # fmt: skip
+)
 def test_wrong_keys_and_values(write, override, message):
     path = write()
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {re.escape(message)}") as caught:

@@ -46,7 +46,8 @@ def test_each_term_is_its_loss_over_the_common_levels(build_tiny, images):
     assert list(mimic.adapters) == ["P3", "P4"]
     adapted = [adapter(ours.features[i]) for adapter, (i, _) in zip(mimic.adapters.values(), pairs)]
     assert [x.shape[1] for x in adapted] == [24, 24]
-    assert torch.equal(mimic(ours, theirs), sum(plain_mimic(x, theirs.features[j]) for x, (_, j) in zip(adapted, pairs)))
+    wanted = sum(plain_mimic(x, theirs.features[j]) for x, (_, j) in zip(adapted, pairs))
+    assert torch.equal(mimic(ours, theirs), wanted)
     assert torch.equal(
         attention(ours, theirs), sum(attention_transfer(ours.features[i], theirs.features[j]) for i, j in pairs)
     )
@@ -91,7 +92,8 @@ def test_a_term_moves_the_student(pair, images, targets, build_tiny):
     student, teacher = pair
     plain = build_tiny()
     Distiller(plain)(images, targets)[0].backward()
-    Distiller(student, {"soft_label": SoftLabelTerm(student, teacher, 1.0)})(images, targets, teacher(images))[0].backward()
+    taught = Distiller(student, {"soft_label": SoftLabelTerm(student, teacher, 1.0)})
+    taught(images, targets, teacher(images))[0].backward()
     assert not torch.equal(student.head.class_logits.weight.grad, plain.head.class_logits.weight.grad)
 
 

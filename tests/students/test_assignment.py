@@ -73,9 +73,7 @@ def test_a_tiny_object_gets_a_location_of_the_finest_level():
     locations = torch.cat((LOCATIONS, torch.tensor([[8.0, 8], [24, 8], [8, 24], [24, 24]])))
     strides = torch.cat((STRIDES, torch.full((4,), 16.0)))
     everywhere = {n: [8, 8, 12, 12] for n in range(20)}
-    found = assign(
-        everywhere, [[9, 9, 10, 10]], [0], torch.full((1, 20, 2), 0.5), locations=locations, strides=strides
-    )
+    found = assign(everywhere, [[9, 9, 10, 10]], [0], torch.full((1, 20, 2), 0.5), locations=locations, strides=strides)
     assert list(quality_of(found)) == [5]  # at (12, 12), although (8, 8) of the coarse level is nearer
 
 

@@ -52,7 +52,8 @@ def test_statistics_of_a_detector_fit_its_images(build_tiny, images):
     detector = build_tiny().eval()
     recalibrate_batch_norms(detector, [images])
     seen = []
-    detector.backbone.body.conv1[1].register_forward_hook(lambda module, args, output: seen.append(output.clone()))  # before the ReLU in place
+    # a copy, as a ReLU in place follows
+    detector.backbone.body.conv1[1].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     with torch.no_grad():
         detector(images)
     # normalised by the statistics of these very images: zero mean, unit variance a channel
