@@ -1,7 +1,7 @@
 """What detectors are worth, side by side: AP, parameters, MACs and latency of any number of artifact folders.
 
-    python eval.py runs/bccd/student runs/bccd/teacher
-    python eval.py runs/bccd/student --split val --per-class data.root=PATH
+python eval.py runs/bccd/student runs/bccd/teacher
+python eval.py runs/bccd/student --split val --per-class data.root=PATH
 """
 
 import argparse
@@ -24,7 +24,9 @@ from distill.summary import COLUMNS, describe, table_rows
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="artifact folders, and key=value to change settings")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="artifact folders, and key=value to change settings"
+    )
     parser.add_argument("--config", help="whose data section to use; the config.yaml beside the first folder otherwise")
     parser.add_argument("--split", help="data.test otherwise, or data.val where there is no test split")
     parser.add_argument("--per-class", action="store_true", help="also AP of each class")

@@ -1,8 +1,8 @@
 """Trains a student, with or without a teacher, cutting it between epochs on the way. The whole loop is in this file.
 
-    python train.py configs/quickstart.yaml
-    accelerate launch train.py configs/bccd.yaml data.root=PATH train.epochs=30
-    python train.py --resume runs/bccd
+python train.py configs/quickstart.yaml
+accelerate launch train.py configs/bccd.yaml data.root=PATH train.epochs=30
+python train.py --resume runs/bccd
 """
 
 import argparse
@@ -22,7 +22,7 @@ from distill.checkpoint import Progress, load_checkpoint, save_checkpoint
 from distill.config import Config, check_config, load_config
 from distill.data import set_epoch
 from distill.distiller import Distiller
-from distill.distributed import on_main, release
+from distill.distributed import on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
@@ -42,7 +42,9 @@ def main() -> int:
     parser.add_argument("config", nargs="?", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.epochs=20")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its last whole epoch")
-    parser.add_argument("--dry-run", action="store_true", help="check and build everything, print the banner, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and build everything, print the banner, train nothing"
+    )
     parser.add_argument("--list", action="store_true", help="list configs, detectors, losses and prunable things")
     args = parser.parse_intermixed_args()
     try:
@@ -83,7 +85,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
         for note in split.index.notes.summary():
             report.warn(f"{config.data.root}, {split.index.split}: {note}")
     if dry_run:
-        report.say("dry run: everything was built and fits together; nothing was trained or written")
+        report.say("dry run: everything was built and fits together; nothing was trained, no output folder made")
         return
 
     if config.teacher is not None and config.teacher.path is None:
@@ -101,6 +103,7 @@ def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: A
     else:
         report.say(f"teacher: is trained first, in {training.path}")
         train(settings, resume=same)
+        accelerator.wait_for_everyone()  # until the main process has saved it
         report.say(f"teacher: is trained; now the student, in {run.path}")
     teacher = students.load(training.student)
     if accelerator.is_main_process:
@@ -240,8 +243,8 @@ def train_epoch(
     bad = [name for name, mean in means.items() if not math.isfinite(mean)]
     if bad:
         raise UserError(
-            f"losses: {', '.join(bad)} became {means[bad[0]]}; lower train.optimizer.lr or the weight of that loss, and "
-            f"start anew"
+            f"losses: {', '.join(bad)} became {means[bad[0]]}; lower train.optimizer.lr or that loss's weight, "
+            "and start anew"
         )
     return means
 
@@ -250,7 +253,12 @@ def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detect
     """A function that says what a detector is worth on a split."""
     evaluator = DetectionEvaluator(split.index.to_coco(), split.index.class_names)
     loader = accelerator.prepare(split.loader)
-    return lambda detector: run_evaluation(detector, loader, evaluator, accelerator)
+
+    def evaluate(detector: Detector) -> EvaluationResult:
+        share_buffers(accelerator, detector)
+        return run_evaluation(detector, loader, evaluator, accelerator)
+
+    return evaluate
 
 
 def finish(

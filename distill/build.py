@@ -118,8 +118,9 @@ def load_teacher(path: str, class_names: list[str]) -> Detector:
         raise UserError(f"teacher.path: {error}") from None
     if detector.class_names != class_names:
         raise UserError(
-            f"teacher.path: {path} knows {len(detector.class_names)} classes, {_some(detector.class_names)}; the student "
-            f"has {len(class_names)}, {_some(class_names)}; set data.classes and data.class_map so that both agree"
+            f"teacher.path: {path} knows {len(detector.class_names)} classes, {_some(detector.class_names)}; "
+            f"the student has {len(class_names)}, {_some(class_names)}; "
+            "set data.classes and data.class_map so that both agree"
         )
     return detector
 

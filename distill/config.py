@@ -149,7 +149,9 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":
         if self.path is None and (self.detector is None or self.train is None):
-            raise ValueError("give path, the folder of a trained detector, or both detector and train to train it first")
+            raise ValueError(
+                "give path, the folder of a trained detector, or both detector and train to train it first"
+            )
         return self
 
 
@@ -170,8 +172,8 @@ class Config(Section):
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
         if self.pruning and self.pruning.end >= self.train.epochs:
             raise ValueError(
-                f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, so that the last epoch is "
-                f"{self.train.epochs - 1} and nothing would recover; lower pruning.end or raise train.epochs"
+                f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, counted from 0, "
+                f"so nothing would be left to recover in; lower pruning.end or raise train.epochs"
             )
         return self
 

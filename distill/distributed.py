@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -39,3 +40,14 @@ def release(accelerator: Accelerator, unit: nn.Module) -> None:
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         del wrapped
     gc.collect()
+
+
+@torch.no_grad()
+def share_buffers(accelerator: Accelerator, detector: nn.Module) -> None:
+    """Gives every process the main process's buffers, which are the ones that are saved.
+
+    Batch-norm statistics come from each process's own images; unshared, every rank would evaluate another detector.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in detector.buffers():
+            torch.distributed.broadcast(buffer, src=0)

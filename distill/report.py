@@ -294,6 +294,7 @@ def _title_width(column: _Column) -> int:
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (cell.rjust(width) if index else cell.ljust(width)
-                    for index, (cell, width) in enumerate(zip(cells, widths)))
+    first, *rest = (
+        cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(zip(cells, widths))
+    )
     return "  ".join((first, *rest)).rstrip()

@@ -114,7 +114,7 @@ class RunFolder:
         if run.is_finished:
             raise UserError(f"resume: {path} is finished ({run._finished_on()}); its student is in {run.student}")
         if not run._has_checkpoint():
-            raise UserError(f"resume: {path} has no checkpoint yet, it stopped in its first epoch; start it anew instead")
+            raise UserError(f"resume: {path} has no checkpoint yet, it stopped in its first epoch; start it anew")
         return run
 
     @property

@@ -21,7 +21,12 @@ def size(detector: Detector, image_size: tuple[int, int]) -> str:
 
 
 def banner_rows(
-    config: Config, data: Data, unit: Distiller, teacher: Detector | None, pruner: Pruner | None, accelerator: Accelerator
+    config: Config,
+    data: Data,
+    unit: Distiller,
+    teacher: Detector | None,
+    pruner: Pruner | None,
+    accelerator: Accelerator,
 ) -> dict[str, str]:
     """The rows of a run's banner, by heading."""
     height, width = config.data.image_size
@@ -30,7 +35,8 @@ def banner_rows(
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     rows = {
         "Devices": f"{processes}{accelerator.device.type}{threads}, mixed precision: {accelerator.mixed_precision}",
-        "Data": f"{config.data.root} ({data.train.index.format}): {len(data.train.index)} train, {len(data.val.index)} val"
+        "Data": f"{config.data.root} ({data.train.index.format}): "
+        + f"{len(data.train.index)} train, {len(data.val.index)} val"
         + (f", {len(data.test.index)} test" if data.test is not data.val else "")
         + f"; {len(data.class_names)} classes; {width}x{height} px",
         "Student": f"{backbone}: {size(unit.student, config.data.image_size)}",
@@ -49,7 +55,9 @@ def banner_rows(
         number = len(pruner.epochs)
         when = f"before epoch {pruner.epochs[0] + 1}" + (f" to {pruner.epochs[-1] + 1}" if number > 1 else "")
         rows["Pruning"] = f"to {pruner.target:.0%} of the MACs, {number} cut{'s' * (number > 1)} {when}"
-    rows["Training"] = f"{config.train.epochs} epochs, batches of {config.data.batch_size} a process, seed {config.seed}"
+    rows["Training"] = (
+        f"{config.train.epochs} epochs, batches of {config.data.batch_size} a process, seed {config.seed}"
+    )
     rows["Output"] = config.output_dir
     return rows
 

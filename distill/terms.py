@@ -62,7 +62,9 @@ class SoftLabelTerm(KnowledgeTerm):
 
     def forward(self, student: DenseOutput, teacher: DenseOutput) -> Tensor:
         return dense_sigmoid(
-            [student.class_logits[i] for i, _ in self.pairs], [teacher.class_logits[j] for _, j in self.pairs], self.beta
+            [student.class_logits[i] for i, _ in self.pairs],
+            [teacher.class_logits[j] for _, j in self.pairs],
+            self.beta,
         )
 
 

@@ -5,5 +5,14 @@ from students.detector import DenseOutput, Detections, Detector
 from students.plan import Plan, apply_plan
 
 __all__ = [
-    "FAMILIES", "DenseOutput", "Detections", "Detector", "Plan", "apply_plan", "build", "load", "read_info", "save",
+    "FAMILIES",
+    "DenseOutput",
+    "Detections",
+    "Detector",
+    "Plan",
+    "apply_plan",
+    "build",
+    "load",
+    "read_info",
+    "save",
 ]

@@ -52,7 +52,9 @@ def assign_task_aligned(
     batch, num_locations, _ = scores.shape
     num_objects = target_boxes.shape[1]
     if num_objects == 0:
-        return Assignment(scores.new_zeros(batch, num_locations, dtype=torch.long), scores.new_zeros(batch, num_locations))
+        return Assignment(
+            scores.new_zeros(batch, num_locations, dtype=torch.long), scores.new_zeros(batch, num_locations)
+        )
 
     # edge distances from every location to every object: (B, M, N, 4)
     top_left = locations - target_boxes[:, :, None, :2]

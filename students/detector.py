@@ -14,7 +14,7 @@ from students.plan import Plan
 
 
 class DenseOutput(NamedTuple):
-    """What a dense one-stage detector's forward pass returns; every tuple has one entry a pyramid level, fine to coarse.
+    """What a dense one-stage detector's forward pass returns; tuples have one entry a pyramid level, fine to coarse.
 
     Attributes:
         features: pyramid maps, (B, C, H, W) each.

@@ -71,8 +71,8 @@ def _bar(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 _PLAIN, _STRIPED, _TWO_TONE, _ANY = "plain", "striped", "two_tone", "any"
 
-# Outline, surface, and the hue in [0, 1) that most members of the class are near. Neighbours in hue differ in outline or
-# surface, and distractors have any hue, so colour helps early on and is never enough.
+# Outline, surface, and the hue in [0, 1) that most members of the class are near. Neighbours in hue differ in outline
+# or surface, and distractors have any hue, so colour helps early on and is never enough.
 CLASSES: dict[str, tuple[Level, str, float | None]] = {
     "disc": (_radius, _PLAIN, 0.0),
     "ring": (_ring, _PLAIN, 0.12),

@@ -70,7 +70,9 @@ def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGro
         for item in group:
             layer, positions = item.dep.target.module, tuple(item.idxs)
             if isinstance(layer, nn.Parameter):
-                members.append(Member(parameter_names[layer], item.dep.target.pruning_dim, positions, tuple(item.root_idxs)))
+                members.append(
+                    Member(parameter_names[layer], item.dep.target.pruning_dim, positions, tuple(item.root_idxs))
+                )
             elif layer in names:
                 is_output = graph.is_out_channel_pruning_fn(item.dep.handler)
                 members += [
@@ -86,7 +88,9 @@ def _sliced_tensors(layer: nn.Module, is_output: bool) -> list[tuple[str, int]]:
     tensors: dict[str, Tensor] = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
     vectors = [(leaf, 0) for leaf, tensor in tensors.items() if tensor.dim() == 1]
     if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
-        depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels
+        depthwise = (
+            isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels
+        )
         return [("weight", 0), *vectors] if is_output or depthwise else [("weight", 1)]
     if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.PReLU):
         return vectors

@@ -52,8 +52,8 @@ class Pruner:
         least = self._plan(unit, 0.0)[1] / self.uncut_macs
         if least > self.target:
             raise UserError(
-                f"pruning.target: {self.target} cannot be reached; with every width cut to {self.round_to} this student "
-                f"still has {least:.3f} of its MACs; raise the target, or lower pruning.round_to"
+                f"pruning.target: {self.target} cannot be reached; with every width cut to {self.round_to} this "
+                f"student still has {least:.3f} of its MACs; raise the target, or lower pruning.round_to"
             )
 
     def plan(self, unit: Distiller, epoch: int) -> Plan:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.data import DetectionDataset, collate_samples
+from distill.measure import eval_mode
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def recalibrate_batch_norms(detector: nn.Module, batches: Iterable[Tensor]) -> N
     norms = [m for m in detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    with _cumulative(norms):
+    with eval_mode(detector), _cumulative(norms):
         for images in batches:
             detector(images)
 

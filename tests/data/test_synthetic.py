@@ -90,7 +90,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         draw_scenes(tmp_path / "file", train=2, val=1)
 
 
-@pytest.mark.parametrize("setting, least", [("train", 1), ("val", 1), ("image_size", 36), ("seed", 0)])
+@pytest.mark.parametrize("setting, least", [("train", 1), ("val", 1), ("image_size", 42), ("seed", 0)])
 def test_numbers_that_are_too_small(tmp_path, setting, least):
     with pytest.raises(UserError, match=rf"{setting}: found {least - 1}; at least {least} is needed"):
         draw_scenes(tmp_path / "scenes", **{setting: least - 1})

@@ -129,9 +129,7 @@ def test_create_never_touches_a_folder_of_something_else(tmp_path, monkeypatch, 
 def test_create_refuses_a_file(tmp_path, monkeypatch, overwrite):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").write_text("mine")
-    refused(
-        "output_dir: x is a file; choose another output_dir", RunFolder.create, "x", CONFIG, overwrite=overwrite
-    )
+    refused("output_dir: x is a file; choose another output_dir", RunFolder.create, "x", CONFIG, overwrite=overwrite)
     refused(
         "output_dir: cannot write to x/y (Not a directory); choose another one",
         RunFolder.create, "x/y", CONFIG, overwrite=overwrite,
@@ -213,7 +211,7 @@ def test_open_refuses_what_is_no_unfinished_run(tmp_path, monkeypatch):
 
     run = make_run("y")
     (run.checkpoints / "epoch_0001.partial").write_text("half")
-    refused("resume: y holds no run: no checkpoint in checkpoints/; start it anew instead", RunFolder.open, "y")
+    refused("resume: y has no checkpoint yet, it stopped in its first epoch; start it anew", RunFolder.open, "y")
 
     make_run("z", checkpoint=True, finished=True)
     with pytest.raises(UserError, match=r"^resume: z is finished \(.{16}\); its student is in z/student$"):
