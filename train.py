@@ -62,6 +62,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; whole epochs are kept, go on with: python train.py --resume OUTPUT_DIR", file=sys.stderr)
+        return 130
     return 0
 
 
