@@ -149,11 +149,12 @@ def fit(
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed(config.seed * 100_003 + epoch, device_specific=True)
 
-        ap_after_cut = None
+        plan, ap_after_cut = None, None
         if pruner and epoch in pruner.epochs:
+            plan = agree(accelerator, pruner.plan(unit, epoch) if accelerator.is_main_process else None)
+        if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
-            plan = agree(accelerator, pruner.plan(unit, epoch) if accelerator.is_main_process else None)
             uncut = size(student, image_size)
             del trained  # a distributed wrapper would hold on to the old shapes
             release(accelerator, unit)
@@ -289,7 +290,8 @@ def finish(
     info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
     students.save(kept, run.student, info | {"split": config.data.test or config.data.val, **after})
     run.write_summary({**entries, "split": config.data.test or config.data.val, "epochs": config.train.epochs})
-    titles = {"teacher": "teacher", "student_before": "student before cutting", "student": "student"}
+    before = f"student before cutting, epoch {progress.before['epoch']}" if progress.before else ""
+    titles = {"teacher": "teacher", "student_before": before, "student": "student"}
     split = config.data.test or config.data.val
     report.table(
         f"{run.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {accelerator.device.type}",
