@@ -25,7 +25,7 @@ from distill.summary import COLUMNS, describe, table_rows
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="artifact folders, and key=value to change settings"
+        "folders", nargs="+", metavar="FOLDER", help="artifact folders, the teacher last; and key=value"
     )
     parser.add_argument("--config", help="whose data section to use; the config.yaml beside the first folder otherwise")
     parser.add_argument("--split", help="data.test otherwise, or data.val where there is no test split")
@@ -37,6 +37,8 @@ def main() -> int:
     try:
         if not folders:
             raise UserError("name a folder to evaluate, such as runs/bccd/student")
+        if args.json and not Path(args.json).parent.is_dir():
+            raise UserError(f"--json: there is no folder {Path(args.json).parent}; make it first")
         entries = evaluate(folders, load_settings(folders[0], args.config, overrides), args.split, args.per_class)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,6 +74,8 @@ def evaluate(folders: list[Path], config: Config, split: str | None, per_class: 
             update={"image_size": image_size, "resize": info.get("resize", config.data.resize)}
         )
         images = evaluation_split(data, split, detector.class_names)
+        for note in images.index.notes.summary() if folder == folders[0] else ():
+            report.warn(f"{config.data.root}, {split}: {note}")
         evaluator = DetectionEvaluator(images.index.to_coco(), detector.class_names)
         result = run_evaluation(detector, images.loader, evaluator)
         entries[str(folder)] = describe(result, detector, image_size) | {

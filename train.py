@@ -51,10 +51,14 @@ def main() -> int:
         if args.list:
             print_catalog()
         elif args.resume:
-            if args.config:
-                raise UserError(f"--resume goes on with the settings of {args.resume}; leave out {args.config!r}")
+            if args.config or args.dry_run:
+                raise UserError(
+                    f"--resume goes on with the settings of {args.resume}; leave out {args.config or '--dry-run'}"
+                )
             run = RunFolder.open(args.resume)
-            train(check_config(run.config, str(run.path / "config.yaml")), resume=True)
+            # the folder may have been moved since it was written
+            settings = run.config | {"output_dir": args.resume}
+            train(check_config(settings, str(run.config_file)), resume=True)
         elif args.config:
             train(load_config(args.config, args.overrides), dry_run=args.dry_run)
         else:
@@ -63,7 +67,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; whole epochs are kept, go on with: python train.py --resume OUTPUT_DIR", file=sys.stderr)
+        print(
+            "interrupted; its whole epochs are kept: go on with train.py --resume and its output_dir", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -80,7 +86,9 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
 
     run = RunFolder(config.output_dir)
     if not resume and not dry_run:
-        settings, kept = config.model_dump(mode="json"), [run.teacher.name, run.teacher_run.name]
+        settings = config.model_dump(mode="json")
+        trains_teacher = config.teacher is not None and config.teacher.path is None
+        kept = [run.teacher.name, run.teacher_run.name] if trains_teacher else []
         on_main(accelerator, lambda: RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=kept))
     report = Report(None if dry_run else run.log_file, enabled=accelerator.is_main_process)
     report.banner(f"distill · {run.path}", banner_rows(config, data, unit, teacher, pruner, accelerator))
@@ -88,7 +96,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
         for note in split.index.notes.summary():
             report.warn(f"{config.data.root}, {split.index.split}: {note}")
     if dry_run:
-        report.say("dry run: everything was built and fits together; nothing was trained, no output folder made")
+        report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
         return
 
     if config.teacher is not None and config.teacher.path is None:
@@ -100,7 +108,9 @@ def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: A
     """The run's own teacher: trained by the same loop, once; a finished one with the same settings is reused."""
     training = RunFolder(run.teacher_run)
     settings = build.teacher_run_config(config, training.path)
-    same = training.config_file.is_file() and check_config(training.config, str(training.config_file)) == settings
+    same = training.config_file.is_file() and build.trains_alike(
+        check_config(training.config, str(training.config_file)), settings
+    )
     if same and training.is_finished:
         report.say(f"teacher: {training.path} is finished and has the same settings; it is reused")
     else:
@@ -144,10 +154,12 @@ def fit(
     teacher_ap = evaluate_val(teacher.detector).ap if teacher else None
 
     seconds: list[float] = []
+    unreadable: set[str] = set()
+    reported: set[str] = set()
     for epoch in range(progress.epoch, config.train.epochs):
         began = time.perf_counter()
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
-        set_seed(config.seed * 100_003 + epoch, device_specific=True)
+        set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
 
         plan, ap_after_cut = None, None
         if pruner and epoch in pruner.epochs:
@@ -181,11 +193,15 @@ def fit(
 
         set_epoch(loader, epoch)
         with report.progress(len(loader), f"epoch {epoch + 1}/{config.train.epochs}") as bar:
-            losses = train_epoch(trained, unit, teacher, loader, stepper, ema, set_step_rate, bar, accelerator, config)
+            losses = train_epoch(
+                trained, unit, teacher, loader, stepper, ema, set_step_rate, bar, unreadable, accelerator, config
+            )
+        if unreadable - reported:
+            report.warn(f"{len(unreadable)} images could not be read and were skipped: {', '.join(sorted(unreadable))}")
+            reported |= unreadable
         result = evaluate_val(kept)
 
         progress.epoch = epoch + 1
-        save_checkpoint(run.checkpoints, progress, unit, ema, optimizer, accelerator)
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
         if accelerator.is_main_process:
@@ -194,6 +210,8 @@ def fit(
             run.append_result(
                 {"epoch": epoch + 1, **losses, "macs": macs, **scores, "lr": lr, "seconds": seconds[-1], **per_class}
             )
+        # after the row: a run that is killed between the two writes the row again, and never misses one
+        save_checkpoint(run.checkpoints, progress, unit, ema, optimizer, accelerator)
         recent = seconds[-3:]
         row = {"epoch": f"{epoch + 1}/{config.train.epochs}", **losses, "macs_left": macs / progress.uncut_macs}
         row |= {"AP": result.ap, "AP50": result.ap50}
@@ -214,10 +232,13 @@ def train_epoch(
     ema: EMA | None,
     set_step_rate: Callable[[int], None],
     bar: StepProgress,
+    unreadable: set[str],
     accelerator: Accelerator,
     config: Config,
 ) -> dict[str, float]:
-    """One pass over the training data; the mean of each loss.
+    """One pass over the training data; the mean of each weighted loss over all processes.
+
+    Files that could not be read are added to `unreadable`.
 
     Raises:
         UserError: a loss is no longer a number.
@@ -226,11 +247,12 @@ def train_epoch(
     sums: dict[str, torch.Tensor] = {}
     steps = 0
     for step, batch in enumerate(loader):
+        unreadable.update(batch.unreadable)
         if not len(batch.images):  # every image of the batch was unreadable, and the settings say to skip such
             continue
         set_step_rate(step)
         with accelerator.accumulate(trained):
-            taught = teacher(batch.images) if teacher else None
+            taught = teacher(batch.images) if teacher and unit.terms else None
             loss, parts = trained(batch.images, batch.targets, taught)
             accelerator.backward(loss)
             if accelerator.sync_gradients and config.train.optimizer.clip_norm:
@@ -243,7 +265,10 @@ def train_epoch(
         sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
         # reading a loss makes a GPU wait, so the bar gets them only now and then
         bar.advance({name: float(value) for name, value in parts.items()} if step % 10 == 0 else None)
-    means = {name: float(value) / steps for name, value in sums.items()}
+    if not steps:
+        raise UserError(f"{config.data.root}: not one training image could be read; mend the files")
+    reduced = accelerator.reduce(torch.stack(list(sums.values())) / steps, "mean").tolist()
+    means = dict(zip(sums, reduced))
     bad = [name for name, mean in means.items() if not math.isfinite(mean)]
     if bad:
         raise UserError(

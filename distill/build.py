@@ -54,6 +54,11 @@ def draw_data(config: DataConfig) -> None:
 def build_data(config: DataConfig, seed: int = 0) -> Data:
     """Opens the splits that the settings name."""
     train = open_split(config, config.train, config.classes)
+    if not len(train.boxes):
+        raise UserError(
+            f"data.train: {config.root}, {config.train}: no annotations found, "
+            f"none of its {len(train)} images has a box; check the annotation files and data.class_map"
+        )
     class_names = train.class_names
     augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump())
     dataset = DetectionDataset(train, augmentation, seed, config.unreadable)
@@ -108,6 +113,15 @@ def teacher_run_config(config: Config, output_dir: Path) -> Config:
         student=config.teacher.detector,
         train=config.teacher.train,
     )
+
+
+def trains_alike(one: Config, other: Config) -> bool:
+    """Whether two runs come to the same end: where they write and how many processes load for them does not matter."""
+    return all(
+        getattr(one, key) == getattr(other, key)
+        for key in Config.model_fields
+        if key not in ("output_dir", "overwrite", "data")
+    ) and one.data.model_copy(update={"workers": 0}) == other.data.model_copy(update={"workers": 0})
 
 
 def load_teacher(path: str, class_names: list[str]) -> Detector:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def load_checkpoint(
     paths = sorted(folder.glob("epoch_*.pt"))
     if not paths:
         raise UserError(f"resume: {folder} holds no checkpoint; start the run anew")
-    state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+    path, state = _read_newest(paths)
     progress = Progress(**state["progress"])
     try:
         for plan in progress.plans:
@@ -87,7 +88,17 @@ def load_checkpoint(
             ema.updates = state["ema"]["updates"]
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"resume: {paths[-1]} does not fit this run's config.yaml ({reason})") from error
+        raise UserError(f"resume: {path} does not fit this run's config.yaml ({reason})") from error
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress
+
+
+def _read_newest(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that is whole: a crash of the machine may have cut the last one short."""
+    for path in reversed(paths):
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:  # noqa: PERF203, two files at most
+            reason = type(error).__name__
+    raise UserError(f"resume: {paths[-1]} cannot be read ({reason}), nor one before it; start the run anew")

@@ -13,6 +13,7 @@ from distill.errors import UserError
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -50,8 +51,8 @@ class SyntheticConfig(Section):
 
     train: Count = 400
     val: Count = 100
-    size: Count = 160
-    seed: int = 0
+    size: Annotated[int, Field(ge=42)] = 160
+    seed: Seed = 0
 
 
 class DataConfig(Section):
@@ -120,6 +121,7 @@ class PruningConfig(Section):
     end: Annotated[int, Field(ge=0)]
     every: Count = 1
     importance: Literal["group_l1"] = "group_l1"
+    ranking: Literal["uniform", "global"] = "uniform"  # the same share of every group, or the weakest channels anywhere
     round_to: Count = 8
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     evaluate: bool = False  # AP right after each cut, before any training
@@ -158,7 +160,7 @@ class TeacherConfig(Section):
 class Config(Section):
     output_dir: str
     overwrite: bool = False
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig
     student: DenseConfig
     teacher: TeacherConfig | None = None
@@ -248,7 +250,7 @@ def explain(error: ValidationError) -> str:
     key = ".".join(names)
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], allowed, 1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+        hint = f"did you mean {'.'.join([*names[:-1], near[0]])}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{key}: no such key; {hint}{more}"
     if kind == "missing":
         return f"{key}: is missing; add it, or give {key}=VALUE on the command line{more}"
@@ -258,11 +260,15 @@ def explain(error: ValidationError) -> str:
         return f"{key}: {value!r} is not allowed; choose {found['ctx']['expected']}{hint}{more}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         options = found["ctx"].get("expected_tags", "'dense_sigmoid', 'plain_mimic', 'pkd', 'attention_transfer'")
-        shown = f"name {value.get('name')!r} is not allowed" if isinstance(value, dict) else f"{value!r} is no section"
-        if isinstance(value, dict):
-            near = difflib.get_close_matches(str(value.get("name")), options.replace("'", "").split(", "), 1)
-            shown += f", did you mean {near[0]}" if near else ""
-        return f"{key}: {shown}; choose name: {options}{more}"
+        if not isinstance(value, dict):
+            return f"{key}: found {value!r}; a section with name: {options} is needed{more}"
+        if "name" not in value:
+            return f"{key}.name: is missing; choose {options}{more}"
+        near = difflib.get_close_matches(str(value["name"]), options.replace("'", "").split(", "), 1)
+        hint = f", did you mean {near[0]}" if near else ""
+        return f"{key}: name {value['name']!r} is not allowed{hint}; choose name: {options}{more}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key}: found {value!r}; a section is needed, with keys of its own such as in configs/*.yaml{more}"
     if kind == "value_error":
         return f"{key + ': ' if key else ''}{found['ctx']['error']}{more}"
     message = found["msg"][0].lower() + found["msg"][1:]

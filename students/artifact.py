@@ -71,7 +71,7 @@ def load(folder: str | Path) -> Detector:
         for plan in map(Plan.from_json, json.loads((folder / PLANS).read_text())):
             cut(detector, plan)
         detector.load_state_dict(load_file(folder / WEIGHTS))
-    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: does not hold together ({reason}); was it written by another version?") from error
     return detector.eval()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from distill.errors import UserError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -36,6 +38,18 @@ class Annotations:
     labels: np.ndarray
     ignored: np.ndarray
     fractional: bool = False
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        UserError: it cannot be read so.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as such, or restore it") from error
 
 
 def collect_annotations(

@@ -39,7 +39,8 @@ class IndexNotes:
         lines = []
         for noun, found in (("boxes without area dropped", self.zero_area), ("boxes clipped", self.clipped)):
             if found:
-                lines.append(f"{sum(found.values())} {noun} ({_shorten(found)})")
+                counts = [f"{file}: {count}" for file, count in found.items()]
+                lines.append(f"{sum(found.values())} {noun} ({_shorten(counts, limit=10)})")
         if self.skipped:
             lines.append(f"{len(self.skipped)} images skipped ({_shorten(self.skipped)})")
         return lines

@@ -8,7 +8,7 @@ import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from distill.data.annotations import IMAGE_SUFFIXES, Annotations, collect_annotations
+from distill.data.annotations import IMAGE_SUFFIXES, Annotations, collect_annotations, read_text
 from distill.errors import UserError
 
 NAME = "VOC"
@@ -30,7 +30,7 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
     Raises:
         UserError: an xml file is missing, malformed or lacks a field.
     """
-    names = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     folder = root / "Annotations"
     missing = next((name for name in names if not (folder / f"{name}.xml").is_file()), None)
     if missing is not None:

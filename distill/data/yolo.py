@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from distill.data.annotations import IMAGE_SUFFIXES, Annotations, collect_annotations
+from distill.data.annotations import IMAGE_SUFFIXES, Annotations, collect_annotations, read_text
 from distill.errors import UserError
 
 NAME = "YOLO"
@@ -55,7 +55,7 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
 
 def _load(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise UserError(f"{path}: line {line}: not valid YAML: {getattr(error, 'problem', error)}") from error
@@ -92,7 +92,7 @@ def _list_images(source: Path, content: dict, split: str, entry: str) -> list[Pa
             image for image in lost if image.name != "classes"
         )  # labelling tools leave a classes.txt
     if path.is_file():
-        lines = [Path(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [Path(line.strip()) for line in read_text(path).splitlines() if line.strip()]
         return [path.parent / line if (path.parent / line).exists() else base / line for line in lines]
     raise UserError(f"{source}: {split}: {base / entry} does not exist; a folder or a text file of images is needed")
 
@@ -113,7 +113,7 @@ def _read_labels(
     if not path.is_file():
         return []
     boxes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -48,6 +48,8 @@ class ChannelGroup:
 def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGroup]:
     """All groups of a student and its adapters that may be narrowed.
 
+    Channels that run through a grouped convolution (but a depthwise one) or a group norm are left as they are.
+
     The unit itself is not touched: a copy is traced, with gradients on everywhere, since autograd does the tracing.
 
     Args:
@@ -65,6 +67,8 @@ def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGro
     parameter_names = {parameter: name for name, parameter in traced.named_parameters()}
     groups = []
     for group in graph.get_all_groups(ignored_layers=list(traced.output_layers)):
+        if any(_is_indivisible(item.dep.target.module) for item in group):
+            continue
         root = group[0].dep.target.module
         members = []
         for item in group:
@@ -81,6 +85,13 @@ def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGro
                 ]
         groups.append(ChannelGroup(names[root], len(group[0].idxs), tuple(members)))
     return groups
+
+
+def _is_indivisible(layer: nn.Module) -> bool:
+    """Whether a layer ties channels together in sets: they could only go whole set by whole set, so they all stay."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.groups > 1 and layer.groups != layer.in_channels
+    return isinstance(layer, nn.GroupNorm) and layer.num_groups != layer.num_channels
 
 
 def _sliced_tensors(layer: nn.Module, is_output: bool) -> list[tuple[str, int]]:

@@ -29,4 +29,20 @@ def group_l1(group: ChannelGroup, tensors: dict[str, Tensor]) -> Tensor:
     return scores / scores.mean().clamp(min=1e-12)
 
 
+def rank_within_group(scores: Tensor, uncut_width: int) -> Tensor:
+    """Scores as ranks, so that one threshold leaves the same share of every group's uncut width.
+
+    Norms of pretrained and of new layers, or of early and late ones, are not on one scale; ranks within a group are.
+
+    Args:
+        scores: (width,) of the channels that are left.
+        uncut_width: channels that the group had before any cut.
+
+    Returns:
+        (width,) in (0, 1], 1 for the best.
+    """
+    gone = uncut_width - len(scores)
+    return (scores.argsort(stable=True).argsort() + 1 + gone) / uncut_width
+
+
 IMPORTANCES = {"group_l1": group_l1}

@@ -10,7 +10,7 @@ from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.budget import meet_macs
 from distill.pruning.graph import find_groups
-from distill.pruning.importance import IMPORTANCES
+from distill.pruning.importance import IMPORTANCES, rank_within_group
 from distill.pruning.schedule import cubic_left, cuts_at
 from students.plan import Plan, apply_plan, named_tensors
 
@@ -26,6 +26,7 @@ class Pruner:
         end: epoch before which the last cut is made.
         every: epochs between cuts.
         importance: name of a function in `distill.pruning.importance`.
+        ranking: `uniform` takes the same share of every group, `global` the lowest scores wherever they are.
         round_to: widths become multiples of this.
     """
 
@@ -38,18 +39,32 @@ class Pruner:
         end: int,
         every: int = 1,
         importance: str = "group_l1",
+        ranking: str = "uniform",
         round_to: int = 8,
     ):
         self.uncut_macs = uncut_macs
         self.image_size = image_size
         self.target, self.start, self.end, self.every = target, start, end, every
         self.importance = IMPORTANCES[importance]
+        self.ranking = ranking
+        self.uncut_widths: dict[str, int] = {}  # by group, as `check` finds them
         self.round_to = round_to
         self.epochs = cuts_at(start, end, every)
 
     def check(self, unit: Distiller) -> None:
-        """Raises `UserError` if no plan can reach the target."""
-        least = self._plan(unit, 0.0)[1] / self.uncut_macs
+        """Looks at the uncut student, before anything else; later cuts are shares of what is found here.
+
+        Raises:
+            UserError: the student cannot be traced and cut, or no plan can reach the target.
+        """
+        try:
+            least = self._plan(unit, 0.0)[1] / self.uncut_macs
+        except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"pruning: the channels of student.backbone={unit.student.recipe['backbone']} cannot be cut "
+                f"({reason}); choose another backbone, or leave pruning out (pruning=null)"
+            ) from error
         if least > self.target:
             raise UserError(
                 f"pruning.target: {self.target} cannot be reached; with every width cut to {self.round_to} this "
@@ -65,6 +80,9 @@ class Pruner:
         groups = find_groups(unit, self.image_size)
         tensors = named_tensors(unit)
         scores = [self.importance(group, tensors) for group in groups]
+        if self.ranking == "uniform":
+            widths = [self.uncut_widths.setdefault(group.name, group.width) for group in groups]
+            scores = [rank_within_group(score, width) for score, width in zip(scores, widths)]
         count = lambda student: count_macs(student, self.image_size)  # noqa: E731
         return meet_macs(unit, unit.student, groups, scores, macs, count, self.round_to)
 

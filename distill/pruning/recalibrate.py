@@ -47,7 +47,8 @@ def calibration_batches(
     dataset: DetectionDataset, batch_size: int, device: torch.device, number: int = 8
 ) -> Iterator[Tensor]:
     """Training images spread evenly over the data set, the same for every call and rank."""
-    wanted = min(len(dataset), number * batch_size)
+    batch_size = min(batch_size, len(dataset))
+    wanted = batch_size * min(len(dataset) // batch_size, number)  # whole batches only: one image has poor statistics
     positions = [i * len(dataset) // wanted for i in range(wanted)]
     for first in range(0, wanted, batch_size):
         samples = [dataset[(position, 0)] for position in positions[first : first + batch_size]]
