@@ -73,6 +73,8 @@ class DataConfig(Section):
     @field_validator("image_size", mode="before")
     @classmethod
     def _square(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) != 2:
+            raise ValueError(f"found {value}; give [height, width] in pixels, or one number for a square")
         return (value, value) if isinstance(value, int) else value
 
 
@@ -247,7 +249,7 @@ def explain(error: ValidationError) -> str:
     kind, value = found["type"], found["input"]
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     names, allowed = _resolve(path)
-    key = ".".join(names)
+    key = ".".join(name for name in names if not name.isdecimal())
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], allowed, 1)
         hint = f"did you mean {'.'.join([*names[:-1], near[0]])}?" if near else f"allowed: {', '.join(allowed)}"

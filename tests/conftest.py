@@ -79,6 +79,6 @@ def settings(scenes, tmp_path) -> dict:
             "feature_mimic": {"name": "pkd", "weight": 2.0},
             "fpn_attention": {"name": "attention_transfer", "weight": 100.0},
         },
-        "pruning": {"target": 0.6, "start": 1, "end": 3, "every": 2},
+        "pruning": {"target": 0.6, "start": 1, "end": 3, "every": 2, "ranking": "global"},
         "train": {"epochs": 5},
     }

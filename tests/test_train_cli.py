@@ -61,7 +61,7 @@ def edit_annotations(root, change):
 
 
 def test_unknown_key(refused):
-    refused("student.bakbone=resnet18", parts=["a.yaml: student.bakbone: no such key; did you mean backbone?"])
+    refused("student.bakbone=resnet18", parts=["a.yaml: student.bakbone: no such key; did you mean student.backbone?"])
 
 
 def test_wrong_type(refused):

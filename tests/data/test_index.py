@@ -42,7 +42,7 @@ def test_boxes_are_clipped_and_those_without_area_dropped(root):
     assert index.ignored_of(0).tolist() == [False, True]
     assert index.notes.clipped == {"b.png": 1}
     assert index.notes.zero_area == {"b.png": 3}
-    assert index.notes.summary() == ["3 boxes without area dropped (b.png)", "1 boxes clipped (b.png)"]
+    assert index.notes.summary() == ["3 boxes without area dropped (b.png: 3)", "1 boxes clipped (b.png: 1)"]
 
 
 def test_to_coco_is_what_pycocotools_reads(root):

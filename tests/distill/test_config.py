@@ -62,13 +62,16 @@ def test_overrides_that_are_none(write, override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("student.bakbone=resnet18", "student.bakbone: no such key; did you mean backbone?"),
+        ("student.bakbone=resnet18", "student.bakbone: no such key; did you mean student.backbone?"),
         (
             "train.optimizer.learning=1",
             "train.optimizer.learning: no such key; allowed: lr, backbone_lr, weight_decay, ",
         ),
-        ("losses.soft_label.betta=1", "losses.soft_label.betta: no such key; did you mean beta?"),
-        ("teacher.detector.chanels=8", "teacher.detector.chanels: no such key; did you mean channels?"),
+        ("losses.soft_label.betta=1", "losses.soft_label.betta: no such key; did you mean losses.soft_label.beta?"),
+        (
+            "teacher.detector.chanels=8",
+            "teacher.detector.chanels: no such key; did you mean teacher.detector.channels?",
+        ),
         ("loses={}", "loses: no such key; did you mean losses?"),
         (
             "train.epochs=many",
@@ -76,18 +79,21 @@ def test_overrides_that_are_none(write, override, message):
         ),
         ("train.epochs=0", "train.epochs: input should be greater than or equal to 1; found 0"),
         ("train.epochs=2.5", "train.epochs: input should be a valid integer"),
+        ("data.image_size=[96]", "data.image_size: found [96]; give [height, width] in pixels, or one number"),
+        ("data.image_size=0", "data.image_size: input should be greater than or equal to 1; found 0"),
+        ("seed=-1", "seed: input should be greater than or equal to 0; found -1"),
         ("pruning.target=1.5", "pruning.target: input should be less than 1; found 1.5"),
         ("student.neck=fpm", "student.neck: 'fpm' is not allowed; choose 'fpn' or 'pan'; did you mean fpn?"),
         (
             "student=resnet18",
-            "student: input should be a valid dictionary or instance of DenseConfig; found 'resnet18'",
+            "student: found 'resnet18'; a section is needed, with keys of its own such as in configs/*.yaml",
         ),
         (
             "losses.soft_label.name=dense_sigmoit",
             "losses.soft_label: name 'dense_sigmoit' is not allowed, did you mean dense_sigmoid; "
             "choose name: 'dense_sigmoid', 'plain_mimic', 'pkd', 'attention_transfer'",
         ),
-        ("losses.more={weight: 1}", "losses.more: name None is not allowed; choose name: 'dense_sigmoid', "),
+        ("losses.more={weight: 1}", "losses.more.name: is missing; choose 'dense_sigmoid', "),
         ("losses.more=pkd", "losses.more: "),
         ("teacher=null", "losses are given but no teacher; add a teacher section, or remove losses"),
         (
@@ -95,7 +101,7 @@ def test_overrides_that_are_none(write, override, message):
             "teacher: give path, the folder of a trained detector, or both detector and train to train it first",
         ),
         ("pruning.end=0", "pruning: end (0) lies before start (1); cuts go from start to end"),
-        ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, so that the last epoch is 4"),
+        ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, counted from 0, so nothing would be left"),
     ],
 )
 def test_wrong_keys_and_values(write, override, message):
@@ -111,7 +117,7 @@ def test_a_missing_key_is_named_and_others_counted(settings):
     del settings["student"]["backbone"]
     refused(settings, "output_dir: is missing; add it, or give output_dir=VALUE on the command line (1 more)")
     settings["student"]["bakbone"] = "resnet18"
-    refused(settings, "student.bakbone: no such key; did you mean backbone? (2 more)")
+    refused(settings, "student.bakbone: no such key; did you mean student.backbone? (2 more)")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from distill.measure import count_macs
 from distill.pruning.budget import keep_counts, make_plan, meet_macs
 from distill.pruning.graph import ChannelGroup, Member, find_groups
-from distill.pruning.importance import group_l1
+from distill.pruning.importance import group_l1, rank_within_group
 from students.plan import Cut, Plan, apply_plan, named_tensors
 
 SIZE = (64, 64)
@@ -96,3 +96,15 @@ def test_a_budget_out_of_reach_gives_the_heaviest_plan(build_unit):
     plan, left = meet_macs(unit, unit.student, groups, scores, 0, macs, 8)
     assert left > 0
     assert {len(cut.keep) for cut in plan.cuts} == {8}
+
+
+def test_ranks_within_a_group_count_from_its_uncut_width():
+    # of 4 channels one is gone already: the three left stand at 2/4, 3/4 and 4/4, whatever the scale of their scores
+    ranks = rank_within_group(torch.tensor([70.0, 10.0, 30.0]), uncut_width=4)
+    assert ranks.tolist() == [1.0, 0.5, 0.75]
+
+
+def test_one_threshold_on_ranks_leaves_the_same_share_of_every_group():
+    wide, narrow = torch.arange(64.0), torch.arange(32.0) * 1000
+    ranks = [rank_within_group(wide, 64), rank_within_group(narrow, 32)]
+    assert keep_counts(ranks, 0.51, round_to=8) == [32, 16]

@@ -157,3 +157,19 @@ def test_the_unit_is_not_touched(build_unit):
     assert [p.requires_grad for p in unit.parameters()] == flags
     assert all(torch.equal(value, state[name]) for name, value in unit.state_dict().items())
     assert unit.training and all(p.grad is None for p in unit.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["regnetx_002", "resnet26d"])
+def test_grouped_convolutions_keep_their_channels(build_unit, backbone):
+    unit = build_unit(backbone=backbone)
+    tensors = named_tensors(unit)
+    grouped = {
+        f"{name}.weight"
+        for name, module in unit.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1
+    }
+    groups = find_groups(unit, SIZE)
+    assert not grouped & {member.name for group in groups for member in group.members}
+    assert bool(grouped) == (backbone == "regnetx_002")
+    for group in groups:  # every index lies in its tensor
+        assert all(max(member.positions) < tensors[member.name].shape[member.dim] for member in group.members)
