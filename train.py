@@ -144,9 +144,9 @@ def fit(
     progress = Progress(uncut_macs=count_macs(student, image_size))
     if any(run.checkpoints.glob("epoch_*.pt")):
         progress = load_checkpoint(run.checkpoints, unit, ema, optimizer, accelerator)
-        if accelerator.is_main_process:
-            run.truncate_results(before_epoch=progress.epoch + 1)
         report.say(f"resumed: {progress.epoch} of {config.train.epochs} epochs are done")
+    if accelerator.is_main_process:
+        run.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
     trained, stepper, loader = accelerator.prepare(unit, optimizer, data.train.loader)
     evaluate_val = evaluation(data.val, accelerator)
