@@ -1,4 +1,4 @@
-"""Overlap of axis-aligned boxes: all pairs at once, or one by one with GIoU.
+"""Overlap of axis-aligned boxes: IoU and DIoU of all pairs at once, GIoU one by one.
 
 torchvision has both, but a pair of empty boxes makes its pairwise IoU NaN (label assignment pads with such boxes), and
 its element-wise GIoU picks the overlapping boxes with a mask, which makes the GPU wait for the CPU.
@@ -7,6 +7,7 @@ its element-wise GIoU picks the overlapping boxes with a mask, which makes the G
 import torch
 from torch import Tensor
 
+from losses.precision import at_least_float32
 from losses.shape_check import require_same_shape
 
 EPSILON = 1e-7  # in squared box units; only areas below it are affected
@@ -20,16 +21,33 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
         b: (..., M, 4) xyxy in the same unit; the leading dimensions broadcast with those of `a`.
 
     Returns:
-        (..., N, M) float32 in [0, 1]; 0 where both boxes are empty.
+        (..., N, M) in [0, 1]; 0 where both boxes are empty.
 
     Raises:
         ValueError: the last dimension is not 4.
     """
-    for boxes in (a, b):
-        if boxes.shape[-1] != 4:
-            raise ValueError(f"pairwise_iou: boxes have shape {tuple(boxes.shape)}; they must be (..., 4), xyxy")
-    intersection, union = _intersection_and_union(a.float()[..., :, None, :], b.float()[..., None, :, :])
-    return intersection / union.clamp(min=EPSILON)
+    return _iou(*_all_pairs("pairwise_iou", a, b))
+
+
+def pairwise_diou(a: Tensor, b: Tensor) -> Tensor:
+    """Distance IoU of every box in `a` with every box in `b` (Zheng 2020, arXiv 1911.08287).
+
+    IoU - d^2 / c^2, where d is the distance of the centres and c the diagonal of the smallest box around both.
+
+    Args:
+        a: (..., N, 4) xyxy with x1 <= x2 and y1 <= y2, in any unit.
+        b: (..., M, 4) xyxy in the same unit; the leading dimensions broadcast with those of `a`.
+
+    Returns:
+        (..., N, M) in (-1, 1]; 0 where both boxes are the same empty one.
+
+    Raises:
+        ValueError: the last dimension is not 4.
+    """
+    a, b = _all_pairs("pairwise_diou", a, b)
+    diagonal = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    distance = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2
+    return _iou(a, b) - distance.square().sum(dim=-1) / diagonal.square().sum(dim=-1).clamp(min=EPSILON)
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
@@ -42,18 +60,34 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
         b: (..., 4) xyxy, the same shape and unit.
 
     Returns:
-        (...) float32 in (-1, 1]; 0 where both boxes are the same empty one.
+        (...) in (-1, 1]; 0 where both boxes are the same empty one.
 
     Raises:
         ValueError: the shapes differ, or the last dimension is not 4.
     """
     require_same_shape("giou(a, b)", a, b)
-    if a.shape[-1] != 4:
-        raise ValueError(f"giou: boxes have shape {tuple(a.shape)}; they must be (..., 4), xyxy")
-    a, b = a.float(), b.float()
+    _require_boxes("giou", a)
+    a, b = at_least_float32(a), at_least_float32(b)
     intersection, union = _intersection_and_union(a, b)
     enclosing = _area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
     return intersection / union.clamp(min=EPSILON) - (enclosing - union) / enclosing.clamp(min=EPSILON)
+
+
+def _require_boxes(name: str, boxes: Tensor) -> None:
+    if boxes.shape[-1] != 4:
+        raise ValueError(f"{name}: boxes have shape {tuple(boxes.shape)}; they must be (..., 4), xyxy")
+
+
+def _all_pairs(name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., N, 4) and (..., M, 4) as (..., N, 1, 4) and (..., 1, M, 4)."""
+    for boxes in (a, b):
+        _require_boxes(name, boxes)
+    return at_least_float32(a)[..., :, None, :], at_least_float32(b)[..., None, :, :]
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    intersection, union = _intersection_and_union(a, b)
+    return intersection / union.clamp(min=EPSILON)
 
 
 def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.box_iou import giou
-from losses.shape_check import require_same_shape
+from losses.precision import at_least_float32
+from losses.shape_check import require_same_shape, require_weight
 
 
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
@@ -30,7 +31,7 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Te
         ValueError: the shapes differ.
     """
     require_same_shape("quality_focal_loss(logits, quality)", logits, quality)
-    logits, quality = logits.float(), quality.detach().float()
+    logits, quality = at_least_float32(logits), at_least_float32(quality.detach())
     cross_entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     return ((logits.sigmoid() - quality).abs().pow(beta) * cross_entropy).sum()
 
@@ -50,9 +51,5 @@ def giou_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         ValueError: `pred` and `target` differ in shape, or `weight` is not one number a box.
     """
     require_same_shape("giou_loss(pred, target)", pred, target)
-    if weight.shape != pred.shape[:-1]:
-        raise ValueError(
-            f"giou_loss: weight has shape {tuple(weight.shape)} for boxes {tuple(pred.shape)}; it must be "
-            f"{tuple(pred.shape[:-1])}, one number a box"
-        )
-    return (weight.detach().float() * (1 - giou(pred, target.detach()))).sum()
+    require_weight("giou_loss", weight, pred, item_dims=1)
+    return (at_least_float32(weight.detach()) * (1 - giou(pred, target.detach()))).sum()

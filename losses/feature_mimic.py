@@ -6,6 +6,8 @@ A loss over the pyramid is the sum over its levels. Where the channels differ, a
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.channel_statistics import standardize
+from losses.precision import at_least_float32
 from losses.shape_check import require_feature_map, require_same_shape
 
 
@@ -24,7 +26,7 @@ def plain_mimic(student: Tensor, teacher: Tensor) -> Tensor:
     """
     require_feature_map("plain_mimic", student)
     require_same_shape("plain_mimic(student, teacher)", student, teacher)
-    return F.mse_loss(student.float(), teacher.detach().float())
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher.detach()))
 
 
 def pkd(student: Tensor, teacher: Tensor) -> Tensor:
@@ -48,12 +50,4 @@ def pkd(student: Tensor, teacher: Tensor) -> Tensor:
     """
     require_feature_map("pkd", student)
     require_same_shape("pkd(student, teacher)", student, teacher)
-    return 0.5 * F.mse_loss(_standardize(student.float()), _standardize(teacher.detach().float()))
-
-
-def _standardize(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (C, B*H*W), zero mean and unit variance a channel."""
-    values = features.transpose(0, 1).flatten(1)
-    unbiased = min(1, values.shape[1] - 1)  # n - 1 would divide a single value by zero
-    deviation = values.std(dim=1, keepdim=True, correction=unbiased)
-    return (values - values.mean(dim=1, keepdim=True)) / (deviation + 1e-6)
+    return 0.5 * F.mse_loss(standardize(at_least_float32(student)), standardize(at_least_float32(teacher.detach())))

@@ -6,6 +6,7 @@ One level a call; a loss over the pyramid is the sum over its levels.
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.precision import at_least_float32
 from losses.shape_check import require_feature_map
 
 
@@ -32,7 +33,7 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
             f"attention_transfer: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree in "
             "batch, height and width; only the channels may differ"
         )
-    return F.mse_loss(_attention(student.float()), _attention(teacher.detach().float()))
+    return F.mse_loss(_attention(at_least_float32(student)), _attention(at_least_float32(teacher.detach())))
 
 
 def _attention(features: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """Normalisers that mean the same on one process and on many."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from losses.precision import at_least_float32
+
+SMALLEST_WEIGHT_SUM = 1e-6  # a weighted mean stays bounded however small its weights: only 0 / 0 has to be avoided
 
 
 def average_across_ranks(value: Tensor) -> Tensor:
@@ -16,10 +19,24 @@ def average_across_ranks(value: Tensor) -> Tensor:
         value: a normaliser, any shape; the same shape on every rank.
 
     Returns:
-        A float32 copy, outside the graph.
+        A copy, float32 or better, outside the graph.
     """
-    average = value.detach().to(torch.float32, copy=True)
+    average = at_least_float32(value.detach()).clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(average)
         average /= dist.get_world_size()
     return average
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """sum weight * values / sum weight, the second sum averaged over ranks and at least 1e-6.
+
+    Args:
+        values: any shape.
+        weight: the same shape, not negative; numbers or a mask. Detached.
+
+    Returns:
+        A scalar; 0 where there are no values, or all weigh nothing.
+    """
+    weight = at_least_float32(weight.detach())
+    return (weight * values).sum() / average_across_ranks(weight.sum()).clamp(min=SMALLEST_WEIGHT_SUM)

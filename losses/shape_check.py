@@ -30,3 +30,23 @@ def require_feature_map(name: str, features: Tensor) -> None:
     """
     if features.dim() != 4 or not features.numel():
         raise ValueError(f"{name}: a feature map has shape {tuple(features.shape)}; it must be (B, C, H, W), not empty")
+
+
+def require_weight(name: str, weight: Tensor, values: Tensor, item_dims: int) -> None:
+    """Refuses weights that are not one number an item.
+
+    Args:
+        name: the loss, for the message.
+        weight: (...).
+        values: (..., item), what is weighted.
+        item_dims: how many dimensions an item has, 1 for a box.
+
+    Raises:
+        ValueError: `weight` has another shape than the leading dimensions of `values`.
+    """
+    expected = values.shape[: values.dim() - item_dims]
+    if weight.shape != expected:
+        raise ValueError(
+            f"{name}: weight has shape {tuple(weight.shape)} for values {tuple(values.shape)}; it must be "
+            f"{tuple(expected)}, one number an item"
+        )

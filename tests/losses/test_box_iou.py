@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from losses import giou, pairwise_iou
+from losses import giou, pairwise_diou, pairwise_iou
 
 
 def test_pairwise_iou_of_known_boxes():
@@ -55,7 +55,7 @@ def test_giou_has_a_gradient_for_boxes_apart():
     torch.testing.assert_close(pred.grad[0, 2], torch.tensor(1 / 3))
 
 
-@pytest.mark.parametrize("overlap", [giou, pairwise_iou])
+@pytest.mark.parametrize("overlap", [giou, pairwise_iou, pairwise_diou])
 def test_half_precision_boxes_are_measured_in_float32(overlap):
     # 1001 * 1001 is beyond float16, whose largest number is 65504.
     boxes = torch.tensor([[0.0, 0, 1001, 1001]], dtype=torch.float16)
@@ -71,3 +71,23 @@ def test_shapes_are_checked():
         giou(torch.zeros(2, 5), torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"shapes \(1, 4\) and \(2, 4\) differ"):
         giou(torch.zeros(1, 4), torch.zeros(2, 4))
+
+
+def test_pairwise_diou_of_known_boxes():
+    a = torch.tensor([[0.0, 0, 4, 4], [1, 1, 1, 1]])
+    b = torch.tensor([[2.0, 0, 6, 4], [4, 0, 8, 4], [-2, -2, 6, 6], [1, 1, 1, 1]])
+    expected = torch.tensor(
+        [
+            # 8 of 24, centres 2 apart in a box of 6 x 4; touching, 4 apart in 8 x 4; concentric, 16 of 64; a point
+            # inside, sqrt(2) from the centre of a 4 x 4 box.
+            [1 / 3 - 4 / 52, -16 / 80, 1 / 4, -2 / 32],
+            # The point's distance to (4, 2) in a box of 5 x 4; to (6, 2) in 7 x 4; to (2, 2) in 8 x 8; to itself.
+            [-10 / 41, -26 / 65, -2 / 128, 0],
+        ]
+    )
+    torch.testing.assert_close(pairwise_diou(a, b), expected)
+
+
+def test_pairwise_diou_checks_shapes():
+    with pytest.raises(ValueError, match=r"pairwise_diou: boxes have shape \(2, 5\)"):
+        pairwise_diou(torch.zeros(3, 4), torch.zeros(2, 5))
