@@ -180,7 +180,7 @@ def fit(
             at_once = f"; AP {ap_after_cut:.3f} right after" if ap_after_cut is not None else ""
             report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{at_once}")
 
-        def set_step_rate(step: int, epoch: int = epoch) -> None:
+        def enter_step(step: int, epoch: int = epoch) -> None:
             rate = rate_at(
                 epoch * len(loader) + step,
                 total=config.train.epochs * len(loader),
@@ -190,11 +190,13 @@ def fit(
                 rewarm=config.pruning.warmup_steps if config.pruning else 0,
             )
             set_rate(optimizer, rate)
+            unit.combiner.step = epoch * len(loader) + step
+            unit.combiner.epoch = epoch + step / len(loader)
 
         set_epoch(loader, epoch)
         with report.progress(len(loader), f"epoch {epoch + 1}/{config.train.epochs}") as bar:
             losses = train_epoch(
-                trained, unit, teacher, loader, stepper, ema, set_step_rate, bar, unreadable, accelerator, config
+                trained, unit, teacher, loader, stepper, ema, enter_step, bar, unreadable, accelerator, config
             )
         if unreadable - reported:
             report.warn(f"{len(unreadable)} images could not be read and were skipped: {', '.join(sorted(unreadable))}")
@@ -230,7 +232,7 @@ def train_epoch(
     loader,
     optimizer,
     ema: EMA | None,
-    set_step_rate: Callable[[int], None],
+    enter_step: Callable[[int], None],
     bar: StepProgress,
     unreadable: set[str],
     accelerator: Accelerator,
@@ -250,7 +252,7 @@ def train_epoch(
         unreadable.update(batch.unreadable)
         if not len(batch.images):  # every image of the batch was unreadable, and the settings say to skip such
             continue
-        set_step_rate(step)
+        enter_step(step)
         with accelerator.accumulate(trained):
             taught = teacher(batch.images) if teacher and unit.terms else None
             loss, parts = trained(batch.images, batch.targets, taught)

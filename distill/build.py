@@ -6,6 +6,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 import students
+from distill.combiner import Combiner, WeightSchedule
 from distill.config import Config, DataConfig, DenseConfig, LossConfig
 from distill.data import DetectionDataset, DetectionIndex, build_augmentation, build_loader, build_resize, open_index
 from distill.data.synthetic import draw_scenes
@@ -143,7 +144,13 @@ def build_unit(config: Config, class_names: list[str], teacher: Detector | None)
     """The student and its knowledge terms, untrained."""
     student = build_detector(config.student, class_names, "student")
     terms = {name: build_term(loss, student, teacher, name) for name, loss in config.losses.items()}
-    return Distiller(student, terms)
+    combiner = Combiner(
+        {name: loss.weight for name, loss in config.losses.items()},
+        {name: WeightSchedule(**loss.schedule.model_dump()) for name, loss in config.losses.items()},
+        config.train.epochs,
+        config.balance,
+    )
+    return Distiller(student, terms, combiner)
 
 
 def build_term(config: LossConfig, student: Detector, teacher: Detector, name: str) -> KnowledgeTerm:
@@ -151,11 +158,11 @@ def build_term(config: LossConfig, student: Detector, teacher: Detector, name: s
     try:
         match config.name:
             case "dense_sigmoid":
-                return SoftLabelTerm(student, teacher, config.weight, config.beta)
+                return SoftLabelTerm(student, teacher, config.beta)
             case "plain_mimic" | "pkd":
-                return FeatureMimicTerm(student, teacher, config.weight, MIMIC_LOSSES[config.name])
+                return FeatureMimicTerm(student, teacher, MIMIC_LOSSES[config.name])
             case "attention_transfer":
-                return FPNAttentionTerm(student, teacher, config.weight)
+                return FPNAttentionTerm(student, teacher)
     except ValueError as error:
         raise UserError(f"losses.{name}: {error}") from None
 

@@ -90,26 +90,39 @@ class OptimizerConfig(Section):
     ema: Share = 0.998  # decay of the averaged copy that is evaluated and kept; 0 keeps the last weights
 
 
-class SoftLabelConfig(Section):
+class ScheduleConfig(Section):
+    """Settings of `distill.combiner.WeightSchedule`."""
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    final: Share = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    stop_epoch: Annotated[int, Field(ge=0)] | None = None
+
+
+class TermConfig(Section):
+    """What every knowledge term has: its weight, and how that goes over the run."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0  # with balance: gradient, the share of the task's gradient
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class SoftLabelConfig(TermConfig):
     """`losses.soft_label.dense_sigmoid`."""
 
     name: Literal["dense_sigmoid"]
-    weight: Annotated[float, Field(ge=0)] = 1.0
     beta: Annotated[float, Field(ge=0)] = 1.0
 
 
-class FeatureMimicConfig(Section):
+class FeatureMimicConfig(TermConfig):
     """`losses.feature_mimic`, behind an adapter a level."""
 
     name: Literal["plain_mimic", "pkd"]
-    weight: Annotated[float, Field(ge=0)] = 1.0
 
 
-class FPNAttentionConfig(Section):
+class FPNAttentionConfig(TermConfig):
     """`losses.fpn_attention.attention_transfer`."""
 
     name: Literal["attention_transfer"]
-    weight: Annotated[float, Field(ge=0)] = 1.0
 
 
 LossConfig = Annotated[SoftLabelConfig | FeatureMimicConfig | FPNAttentionConfig, Field(discriminator="name")]
@@ -167,6 +180,7 @@ class Config(Section):
     student: DenseConfig
     teacher: TeacherConfig | None = None
     losses: dict[str, LossConfig] = {}
+    balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
     pruning: PruningConfig | None = None
     train: TrainConfig = TrainConfig()
 

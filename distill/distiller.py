@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from distill.combiner import Combiner
 from distill.terms import KnowledgeTerm
 from students import DenseOutput, Detector
 
@@ -14,12 +15,16 @@ class Distiller(nn.Module):
     Args:
         student: the detector that learns.
         terms: knowledge terms by the name they are logged under; none trains the student plainly.
+        combiner: what they count; each 1 where left out.
     """
 
-    def __init__(self, student: Detector, terms: dict[str, KnowledgeTerm] | None = None):
+    def __init__(
+        self, student: Detector, terms: dict[str, KnowledgeTerm] | None = None, combiner: Combiner | None = None
+    ):
         super().__init__()
         self.student = student
         self.terms = nn.ModuleDict(terms or {})
+        self.combiner = combiner or Combiner(dict.fromkeys(self.terms, 1.0))
 
     def forward(
         self, images: Tensor, targets: list[dict[str, Tensor]], teacher_output: DenseOutput | None = None
@@ -33,9 +38,12 @@ class Distiller(nn.Module):
         """
         output = self.student(images)
         task = sum(self.student.loss(output, targets).values())
-        knowledge = {name: term.weight * term(output, teacher_output) for name, term in self.terms.items()}
-        total = sum(knowledge.values(), task)
-        return total, {name: value.detach() for name, value in {"task": task, **knowledge}.items()}
+        terms = {
+            # a term that counts nothing is not computed, but its adapters stay in the graph, so that ranks stay in step
+            name: term(output, teacher_output) if self.combiner.weight(name) else sum_of_nothing(term, task)
+            for name, term in self.terms.items()
+        }
+        return self.combiner(task, terms, output.features)
 
     def traced_outputs(self, images: Tensor) -> list[Tensor]:
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""
@@ -47,3 +55,8 @@ class Distiller(nn.Module):
     def output_layers(self) -> tuple[nn.Module, ...]:
         """Layers whose outputs keep their width, whatever is cut."""
         return (*self.student.output_layers, *(x for term in self.terms.values() for x in term.output_layers))
+
+
+def sum_of_nothing(module: nn.Module, like: Tensor) -> Tensor:
+    """A zero whose gradient is zero for every parameter of the module."""
+    return sum((parameter.sum() for parameter in module.parameters()), like.new_zeros(())) * 0.0

@@ -45,8 +45,9 @@ def banner_rows(
         source = config.teacher.path or "trained first"
         rows["Teacher"] = f"{teacher.recipe['backbone']}: {size(teacher, config.data.image_size)} ({source})"
     if unit.terms:
+        share = " of the task's gradient" if config.balance == "gradient" else ""
         rows["Distillation"] = ", ".join(
-            f"{name}: {loss.name} x {loss.weight:g}" for name, loss in config.losses.items()
+            f"{name}: {loss.name} x {loss.weight:g}{share}" for name, loss in config.losses.items()
         )
         term = next(iter(unit.terms.values()))
         pairs = (f"{unit.student.strides[i]}" for i, _ in term.pairs)

@@ -26,17 +26,15 @@ def match_levels(student_strides: tuple[int, ...], teacher_strides: tuple[int, .
 
 
 class KnowledgeTerm(nn.Module, ABC):
-    """One weighted loss between a student and a teacher.
+    """One loss between a student and a teacher; what it counts is the combiner's business.
 
     Args:
         student: read for its strides and widths; not kept.
         teacher: likewise.
-        weight: what the loss counts in the total.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, weight: float):
+    def __init__(self, student: Detector, teacher: Detector):
         super().__init__()
-        self.weight = weight
         self.pairs = match_levels(student.strides, teacher.strides)
 
     @abstractmethod
@@ -56,8 +54,8 @@ class KnowledgeTerm(nn.Module, ABC):
 class SoftLabelTerm(KnowledgeTerm):
     """Class scores of dense sigmoid heads, location by location; `loss` takes lists of (B, K, H, W) logits."""
 
-    def __init__(self, student: Detector, teacher: Detector, weight: float, beta: float = 1.0):
-        super().__init__(student, teacher, weight)
+    def __init__(self, student: Detector, teacher: Detector, beta: float = 1.0):
+        super().__init__(student, teacher)
         self.beta = beta
 
     def forward(self, student: DenseOutput, teacher: DenseOutput) -> Tensor:
@@ -71,10 +69,8 @@ class SoftLabelTerm(KnowledgeTerm):
 class FeatureMimicTerm(KnowledgeTerm):
     """Pyramid maps, level by level, behind a 1x1 convolution each that brings the student's width to the teacher's."""
 
-    def __init__(
-        self, student: Detector, teacher: Detector, weight: float, loss: Callable[[Tensor, Tensor], Tensor] = pkd
-    ):
-        super().__init__(student, teacher, weight)
+    def __init__(self, student: Detector, teacher: Detector, loss: Callable[[Tensor, Tensor], Tensor] = pkd):
+        super().__init__(student, teacher)
         self.loss = loss
         widths, wanted = student.feature_channels, teacher.feature_channels
         self.adapters = nn.ModuleDict(

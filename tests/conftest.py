@@ -76,9 +76,10 @@ def settings(scenes, tmp_path) -> dict:
         "student": detector,
         "losses": {
             "soft_label": {"name": "dense_sigmoid"},
-            "feature_mimic": {"name": "pkd", "weight": 2.0},
-            "fpn_attention": {"name": "attention_transfer", "weight": 100.0},
+            "feature_mimic": {"name": "pkd", "weight": 0.5, "schedule": {"shape": "cosine", "warmup_epochs": 1.5}},
+            "fpn_attention": {"name": "attention_transfer", "weight": 0.2, "schedule": {"stop_epoch": 4}},
         },
+        "balance": "gradient",
         "pruning": {"target": 0.6, "start": 1, "end": 3, "every": 2, "ranking": "global"},
         "train": {"epochs": 5},
     }

@@ -3,17 +3,22 @@ import math
 import pytest
 import torch
 
+from distill.combiner import Combiner
 from distill.distiller import Distiller
 from distill.terms import FeatureMimicTerm, FPNAttentionTerm, SoftLabelTerm, match_levels
 from losses import attention_transfer, dense_sigmoid, plain_mimic
 
 
-def all_terms(student, teacher, weights=(1.0, 2.0, 100.0)):
+def all_terms(student, teacher):
     return {
-        "soft_label": SoftLabelTerm(student, teacher, weights[0]),
-        "feature_mimic": FeatureMimicTerm(student, teacher, weights[1]),
-        "fpn_attention": FPNAttentionTerm(student, teacher, weights[2]),
+        "soft_label": SoftLabelTerm(student, teacher),
+        "feature_mimic": FeatureMimicTerm(student, teacher),
+        "fpn_attention": FPNAttentionTerm(student, teacher),
     }
+
+
+def weighted(*weights):
+    return Combiner(dict(zip(("soft_label", "feature_mimic", "fpn_attention"), weights)))
 
 
 @pytest.fixture
@@ -35,9 +40,9 @@ def test_each_term_is_its_loss_over_the_common_levels(build_tiny, images):
     student = build_tiny(levels=(3, 4, 5)).eval()
     teacher = build_tiny(seed=1, levels=(2, 3, 4), channels=24).eval()
     ours, theirs = student(images), teacher(images)
-    soft = SoftLabelTerm(student, teacher, 1.0, beta=2.0)
-    mimic = FeatureMimicTerm(student, teacher, 1.0, plain_mimic)
-    attention = FPNAttentionTerm(student, teacher, 1.0)
+    soft = SoftLabelTerm(student, teacher, beta=2.0)
+    mimic = FeatureMimicTerm(student, teacher, plain_mimic)
+    attention = FPNAttentionTerm(student, teacher)
     pairs = [(0, 1), (1, 2)]
     assert torch.equal(
         soft(ours, theirs),
@@ -55,15 +60,14 @@ def test_each_term_is_its_loss_over_the_common_levels(build_tiny, images):
 
 def test_weights_enter_the_sum_and_each_part_is_given(pair, images, targets):
     student, teacher = pair
-    unit = Distiller(student, all_terms(student, teacher)).eval()
+    unit = Distiller(student, all_terms(student, teacher), weighted(1.0, 2.0, 100.0)).eval()
     taught = teacher(images)
     total, parts = unit(images, targets, taught)
     output = student(images)
     wanted = {
         "task": sum(student.loss(output, targets).values()),
-        **{name: unit.terms[name].weight * unit.terms[name](output, taught) for name in unit.terms},
+        **{name: w * unit.terms[name](output, taught) for name, w in zip(unit.terms, (1.0, 2.0, 100.0))},
     }
-    assert [term.weight for term in unit.terms.values()] == [1.0, 2.0, 100.0]
     assert list(parts) == ["task", "soft_label", "feature_mimic", "fpn_attention"]
     for name, value in parts.items():
         assert value.item() == pytest.approx(wanted[name].item(), rel=1e-5) and value.item() > 0
@@ -83,7 +87,8 @@ def test_weights_of_zero_are_plain_training(pair, images, targets, build_tiny):
     student, teacher = pair
     plain = build_tiny()
     Distiller(plain)(images, targets)[0].backward()
-    Distiller(student, all_terms(student, teacher, (0.0, 0.0, 0.0)))(images, targets, teacher(images))[0].backward()
+    unit = Distiller(student, all_terms(student, teacher), weighted(0.0, 0.0, 0.0))
+    unit(images, targets, teacher(images))[0].backward()
     for (name, ours), theirs in zip(student.named_parameters(), plain.parameters()):
         assert torch.equal(ours.grad, theirs.grad), name
 
@@ -92,7 +97,7 @@ def test_a_term_moves_the_student(pair, images, targets, build_tiny):
     student, teacher = pair
     plain = build_tiny()
     Distiller(plain)(images, targets)[0].backward()
-    taught = Distiller(student, {"soft_label": SoftLabelTerm(student, teacher, 1.0)})
+    taught = Distiller(student, {"soft_label": SoftLabelTerm(student, teacher)})
     taught(images, targets, teacher(images))[0].backward()
     assert not torch.equal(student.head.class_logits.weight.grad, plain.head.class_logits.weight.grad)
 
@@ -100,8 +105,8 @@ def test_a_term_moves_the_student(pair, images, targets, build_tiny):
 def test_a_student_is_at_zero_distance_from_itself(build_tiny, images):
     student = build_tiny().eval()
     output = student(images)
-    assert FPNAttentionTerm(student, student, 1.0)(output, output) == 0
-    assert SoftLabelTerm(student, student, 1.0)(output, output) == 0
+    assert FPNAttentionTerm(student, student)(output, output) == 0
+    assert SoftLabelTerm(student, student)(output, output) == 0
 
 
 def test_what_is_traced_and_what_keeps_its_width(pair, images):
@@ -116,6 +121,6 @@ def test_what_is_traced_and_what_keeps_its_width(pair, images):
 
 
 def test_adapters_are_named_after_their_levels(build_tiny):
-    term = FeatureMimicTerm(build_tiny(levels=(5, 6)), build_tiny(levels=(4, 5, 6)), 1.0)
+    term = FeatureMimicTerm(build_tiny(levels=(5, 6)), build_tiny(levels=(4, 5, 6)))
     assert list(term.adapters) == ["P5", "P6"]
     assert [int(name[1:]) for name in term.adapters] == [int(math.log2(s)) for s in (32, 64)]

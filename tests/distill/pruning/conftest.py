@@ -15,7 +15,7 @@ def build_unit(build_tiny):
         student = build_tiny(**changes)
         levels = changes.get("levels", (3, 4, 5))
         teacher = build_tiny(seed=1, channels=24, levels=levels)
-        return Distiller(student, {"feature_mimic": FeatureMimicTerm(student, teacher, 2.0)})
+        return Distiller(student, {"feature_mimic": FeatureMimicTerm(student, teacher)})
 
     return build
 

@@ -1,0 +1,118 @@
+"""Brings the task's loss and the knowledge terms into one sum: weights, their schedules, and gradient balance."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from losses import average_across_ranks
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """How the weight of a knowledge term goes over a run.
+
+    Attributes:
+        shape: `constant`, or `linear` or `cosine` from 1 to `final` over the whole run.
+        final: share of the weight that is left at the end of `linear` and `cosine`.
+        warmup_epochs: epochs of a linear ramp from 0 at the start, on top of the shape.
+        stop_epoch: the term counts nothing from this epoch on, counted from 0; None: it counts to the end.
+    """
+
+    shape: str = "constant"
+    final: float = 0.0
+    warmup_epochs: float = 0.0
+    stop_epoch: int | None = None
+
+    def at(self, epoch: float, epochs: int) -> float:
+        """The share of the weight that counts after `epoch` of `epochs`; whole and fractional epochs alike."""
+        if self.stop_epoch is not None and epoch >= self.stop_epoch:
+            return 0.0
+        progress = min(1.0, epoch / epochs)
+        left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[self.shape]
+        ramp = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
+        return ramp * (self.final + (1 - self.final) * left)
+
+
+class Combiner(nn.Module):
+    """The sum of the task's loss and the weighted knowledge terms.
+
+    With `balance="gradient"`, a weight is not a factor but a share: every term is scaled so that its gradient at the
+    student's pyramid is that share of the task's, in the L2 norm over all levels. Losses whose sizes lie a million
+    times apart then need no constants of their own, and a term cannot drown the task as the task's loss falls.
+    (GradNorm, arXiv 1711.02257, likewise compares gradient norms at shared layers, but learns the weights towards equal
+    training rates.) The norms are running averages, measured at each of the first steps and at every tenth one after:
+    each measurement costs one more pass back through the head. Ranks average theirs, so that all use the same factors.
+
+    Args:
+        weights: by term.
+        schedules: by term; a constant one where left out.
+        epochs: length of the run that the schedules refer to.
+        balance: `none` or `gradient`.
+
+    Attributes:
+        step: steps done in the whole run; the loop sets it before every step.
+        epoch: the same in epochs, with a fraction.
+    """
+
+    EAGER, EVERY, MOMENTUM = 10, 10, 0.9  # steps measured at the start, steps between, what stays of the average
+
+    def __init__(
+        self,
+        weights: dict[str, float],
+        schedules: dict[str, WeightSchedule] | None = None,
+        epochs: int = 1,
+        balance: str = "none",
+    ):
+        super().__init__()
+        self.weights = dict(weights)
+        self.schedules = {name: (schedules or {}).get(name, WeightSchedule()) for name in weights}
+        self.epochs = epochs
+        self.balance = balance
+        self.step, self.epoch = 0, 0.0
+        if balance == "gradient":
+            # the task's first; a buffer, so that a resumed run goes on with the same averages
+            self.register_buffer("gradient_norms", torch.zeros(1 + len(weights)))
+
+    def weight(self, name: str) -> float:
+        """The weight, or share, of a term at the present epoch."""
+        return self.weights[name] * self.schedules[name].at(self.epoch, self.epochs)
+
+    def forward(
+        self, task: Tensor, terms: dict[str, Tensor], features: tuple[Tensor, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and every part of it as it enters the sum, detached.
+
+        Args:
+            task: the student's own loss, a scalar.
+            terms: unweighted knowledge losses, by name; all the names of `weights`, in their order.
+            features: the student's pyramid, which all of them were computed from.
+        """
+        weighted = {name: self.weight(name) * value for name, value in terms.items()}
+        if self.balance == "gradient" and terms:
+            if self.training and (self.step < self.EAGER or self.step % self.EVERY == 0):
+                self._measure([task, *terms.values()], features)
+            task_norm, *norms = self.gradient_norms.unbind()
+            # a term that has shown no gradient yet has nothing to be scaled by
+            factors = [torch.where(norm > 0, task_norm / norm, 0.0) for norm in norms]
+            weighted = {name: factor * value for factor, (name, value) in zip(factors, weighted.items())}
+        total = sum(weighted.values(), task)
+        return total, {name: value.detach() for name, value in {"task": task, **weighted}.items()}
+
+    def _measure(self, losses: list[Tensor], features: tuple[Tensor, ...]) -> None:
+        """Brings the running averages forward by the gradients of one batch."""
+        # float16 gradients would underflow unscaled; the same scale for all leaves their ratios as they are
+        scale = 2.0**12 if any(feature.dtype is torch.float16 for feature in features) else 1.0
+        norms = []
+        for loss in losses:
+            grads = [None] * len(features)
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss * scale, features, retain_graph=True, allow_unused=True)
+            squares = [grad.float().square().sum() for grad in grads if grad is not None]
+            norms.append(sum(squares, losses[0].new_zeros(())).sqrt())
+        new = average_across_ranks(torch.stack(norms))
+        old = self.gradient_norms
+        # where nothing was seen before there is nothing to average with; where nothing is seen now, the old one stays
+        average = torch.where(old > 0, old.lerp(new, 1 - self.MOMENTUM), new)
+        self.gradient_norms.copy_(torch.where(new > 0, average, old))

@@ -1,0 +1,97 @@
+import copy
+
+import pytest
+import torch
+
+from distill.combiner import Combiner, WeightSchedule
+
+
+def losses_of(features, *slopes):
+    """Losses whose gradients at a single feature of 4 elements have the lengths 2 * slope."""
+    return [slope * features.sum() for slope in slopes]
+
+
+@pytest.fixture
+def features():
+    return torch.ones(1, 4, 1, 1, requires_grad=True)
+
+
+def test_schedules_at_known_epochs():
+    assert [WeightSchedule().at(e, 10) for e in (0, 5, 10)] == [1, 1, 1]
+    assert [WeightSchedule("linear", final=0.2).at(e, 10) for e in (0, 5, 10)] == pytest.approx([1, 0.6, 0.2])
+    # (1 + cos(pi/3)) / 2 = 0.75 a third of the way, and 0.1 + 0.9 * 0.75
+    assert [WeightSchedule("cosine", final=0.1).at(e, 9) for e in (0, 3, 9)] == pytest.approx([1, 0.775, 0.1])
+    assert [WeightSchedule(warmup_epochs=2).at(e, 10) for e in (0, 0.5, 2, 9)] == pytest.approx([0, 0.25, 1, 1])
+    assert [WeightSchedule(stop_epoch=3).at(e, 10) for e in (0, 2.9, 3, 9)] == [1, 1, 0, 0]
+    # a ramp of one epoch on top of a line from 1 to 0 over four epochs: half of 0.875
+    assert WeightSchedule("linear", warmup_epochs=1).at(0.5, 4) == pytest.approx(0.4375)
+
+
+def test_a_schedule_scales_the_weight(features):
+    combiner = Combiner({"a": 4.0}, {"a": WeightSchedule("linear")}, epochs=10)
+    combiner.epoch = 7.5
+    task, a = losses_of(features, 1.0, 1.0)
+    total, parts = combiner(task, {"a": a}, (features,))
+    assert parts["task"].item() == 4 and parts["a"].item() == pytest.approx(4.0)  # 4 * 0.25 of a loss of 4
+    assert total.item() == pytest.approx(8.0)
+
+
+def test_balanced_terms_pull_with_their_share_of_the_tasks_gradient(features):
+    combiner = Combiner({"a": 0.5, "b": 2.0}, balance="gradient")
+    task, a, b = losses_of(features, 3.0, 1e6, 1e-6)
+    total, parts = combiner(task, {"a": a, "b": b}, (features,))
+    for name, share in (("a", 0.5), ("b", 2.0)):
+        assert parts[name].item() == pytest.approx(share * parts["task"].item(), rel=1e-5)
+    total.backward()
+    # 3 + 0.5 * 3 + 2 * 3 in each element
+    torch.testing.assert_close(features.grad, torch.full_like(features, 10.5))
+
+
+def test_the_norm_runs_over_all_levels():
+    fine, coarse = torch.ones(1, 1, 2, 2, requires_grad=True), torch.ones(1, 1, 1, 1, requires_grad=True)
+    combiner = Combiner({"a": 1.0}, balance="gradient")
+    # task: gradient 1 in five elements, norm sqrt(5); the term sees the coarse level alone, norm 2
+    combiner(fine.sum() + coarse.sum(), {"a": 2 * coarse.sum()}, (fine, coarse))
+    torch.testing.assert_close(combiner.gradient_norms, torch.tensor([5**0.5, 2.0]))
+
+
+def test_norms_are_running_averages_and_rest_between_measurements(features):
+    combiner = Combiner({"a": 1.0}, balance="gradient")
+    for step, slope in ((0, 1.0), (1, 2.0), (15, 9.0), (20, 3.0)):
+        combiner.step = step
+        combiner(*(losses_of(features, slope)), {"a": features.sum()}, (features,))
+    # lengths 2, 4 and 6; step 15 is not measured: 0.9 * (0.9 * 2 + 0.1 * 4) + 0.1 * 6
+    torch.testing.assert_close(combiner.gradient_norms, torch.tensor([2.58, 2.0]))
+
+
+def test_nothing_is_measured_in_eval_mode(features):
+    combiner = Combiner({"a": 1.0}, balance="gradient").eval()
+    combiner(features.sum(), {"a": features.sum()}, (features,))
+    assert combiner.gradient_norms.tolist() == [0, 0]
+
+
+def test_a_term_without_gradient_counts_nothing_until_it_has_one(features):
+    combiner = Combiner({"a": 1.0}, balance="gradient")
+    task, a = losses_of(features, 1.0, 1.0)
+    total, parts = combiner(task, {"a": 0.0 * a}, (features,))
+    assert total == task and parts["a"] == 0 and torch.isfinite(total)
+    total, parts = combiner(task, {"a": torch.tensor(5.0)}, (features,))  # no graph at all
+    assert parts["a"] == 0
+    total, parts = combiner(task, {"a": a}, (features,))
+    assert parts["a"].item() == pytest.approx(4.0)
+
+
+def test_averages_travel_with_the_state(features):
+    combiner = Combiner({"a": 1.0}, balance="gradient")
+    combiner(features.sum(), {"a": 3 * features.sum()}, (features,))
+    other = Combiner({"a": 1.0}, balance="gradient")
+    other.load_state_dict(copy.deepcopy(combiner.state_dict()))
+    assert torch.equal(other.gradient_norms, combiner.gradient_norms) and other.gradient_norms[1] == 6
+
+
+def test_half_precision_features_are_measured_without_underflow():
+    features = torch.ones(1, 4, 1, 1, dtype=torch.float16, requires_grad=True)
+    combiner = Combiner({"a": 1.0}, balance="gradient")
+    combiner(features.float().sum() * 1e-7, {"a": features.float().sum() * 2e-7}, (features,))
+    ratio = combiner.gradient_norms[1] / combiner.gradient_norms[0]
+    assert ratio.item() == pytest.approx(2.0, rel=0.01)
