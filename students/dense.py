@@ -41,7 +41,7 @@ class DenseDetector(Detector):
         channels: int = 96,
         levels: tuple[int, ...] = (3, 4, 5),
         head_depth: int = 2,
-        box_loss_weight: float = 2.0,
+        box_loss_weight: float = 4.0,
     ):
         super().__init__()
         if not class_names:
@@ -70,7 +70,9 @@ class DenseDetector(Detector):
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Quality focal loss on all locations (`classification`) and GIoU on the assigned ones (`box`).
 
-        Both are divided by the sum of the assigned qualities over the batch, at least 1, averaged across ranks.
+        The first is divided by the sum of the assigned qualities over the batch, the second by the number of assigned
+        locations; both at least 1 and averaged across ranks. A deviation from the paper, which weights boxes by their
+        quality too: that leaves small objects, whose first boxes are poor, without a gradient to better them.
         """
         locations, strides = self._locations(output)
         logits = flatten_levels(output.class_logits).float()
@@ -79,18 +81,19 @@ class DenseDetector(Detector):
         objects, quality = assign_task_aligned(
             logits.detach().sigmoid(), boxes.detach(), locations, strides, target_boxes, target_labels, mask
         )
-        normalizer = average_across_ranks(quality.sum()).clamp(min=1.0)
+        assigned = (quality > 0).float()
+        total_quality, num_assigned = average_across_ranks(torch.stack((quality.sum(), assigned.sum()))).clamp(min=1.0)
 
         wanted = torch.zeros_like(logits)
         if target_boxes.shape[1]:
             labels = target_labels.gather(1, objects)
             wanted.scatter_(-1, labels[..., None], quality[..., None])
-        classification = quality_focal_loss(logits, wanted) / normalizer
+        classification = quality_focal_loss(logits, wanted) / total_quality
 
         if target_boxes.shape[1]:
             matched = target_boxes.gather(1, objects[..., None].expand(-1, -1, 4))
             # over all locations, most of weight 0: picking the positives out would make a GPU wait for the CPU
-            box = giou_loss(boxes, matched, quality) / normalizer
+            box = giou_loss(boxes, matched, assigned) / num_assigned
         else:
             box = boxes.sum() * 0.0  # keeps every parameter in the graph, so that ranks without objects stay in step
         return {"classification": classification, "box": self.box_loss_weight * box}

@@ -93,10 +93,12 @@ def test_loss_of_the_right_answer_is_zero(build_tiny):
     # the qualities are 1 all the same; five locations err fully on either class: 2 * 5 * |1|^2 * 20 / 5
     assert wrong_class["classification"].item() == pytest.approx(40, rel=1e-4)
 
-    shifted = DenseOutput(output.features, output.class_logits, tuple(d * 0.5 for d in output.box_distances))
-    # every box is a quarter of the object and inside it: GIoU = IoU = 1/4, each of weight 1/4; weighted by 2
-    losses = detector.loss(shifted, target)
-    assert losses["box"].item() == pytest.approx(2 * 5 * 0.25 * 0.75 / (5 * 0.25), rel=1e-4)
+    fine, coarse = output.box_distances
+    shrunk = DenseOutput(output.features, output.class_logits, (fine * 0.5, coarse))
+    # at four locations the box is a quarter of the object and inside it, GIoU = IoU = 1/4; at the fifth it is right.
+    # Their qualities differ, yet each counts alike; weighted by 4
+    losses = detector.loss(shrunk, target)
+    assert losses["box"].item() == pytest.approx(4 * (4 * 0.75 + 0) / 5, rel=1e-4)
 
 
 def test_loss_without_objects_is_the_quality_focal_loss_of_background(build_tiny):
