@@ -14,7 +14,7 @@ from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.pruner import Pruner
-from distill.terms import MIMIC_LOSSES, FeatureMimicTerm, FPNAttentionTerm, KnowledgeTerm, SoftLabelTerm
+from distill.terms import MIMIC_LOSSES, BoxMimicTerm, FeatureMimicTerm, FPNAttentionTerm, KnowledgeTerm, SoftLabelTerm
 from students import Detector
 
 
@@ -159,6 +159,8 @@ def build_term(config: LossConfig, student: Detector, teacher: Detector, name: s
         match config.name:
             case "dense_sigmoid":
                 return SoftLabelTerm(student, teacher, config.beta)
+            case "box_mimic":
+                return BoxMimicTerm(student, teacher, config.kind)
             case "plain_mimic" | "pkd":
                 return FeatureMimicTerm(student, teacher, MIMIC_LOSSES[config.name])
             case "attention_transfer":

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
-from distill.config import FeatureMimicConfig, FPNAttentionConfig, SoftLabelConfig
+from distill.config import BoxMimicConfig, FeatureMimicConfig, FPNAttentionConfig, SoftLabelConfig
 from distill.pruning.importance import IMPORTANCES
 from students.artifact import FAMILIES
 from students.backbone import WEIGHT_PACKAGES
 from students.pyramid import NECKS
 
-LOSSES = {"soft labels": SoftLabelConfig, "feature mimic": FeatureMimicConfig, "FPN attention": FPNAttentionConfig}
+LOSSES = {
+    "soft labels": (SoftLabelConfig, BoxMimicConfig),
+    "feature mimic": (FeatureMimicConfig,),
+    "FPN attention": (FPNAttentionConfig,),
+}
 
 
 def catalog() -> dict[str, list[str]]:
@@ -25,7 +29,8 @@ def catalog() -> dict[str, list[str]]:
         ],
         "losses (losses.*.name)": [
             f"{name}  {family}"
-            for family, model in LOSSES.items()
+            for family, models in LOSSES.items()
+            for model in models
             for name in model.model_fields["name"].annotation.__args__
         ],
         "importance (pruning.importance)": sorted(IMPORTANCES),

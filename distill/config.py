@@ -113,6 +113,13 @@ class SoftLabelConfig(TermConfig):
     beta: Annotated[float, Field(ge=0)] = 1.0
 
 
+class BoxMimicConfig(TermConfig):
+    """`losses.localization.box_mimic`."""
+
+    name: Literal["box_mimic"]
+    kind: Literal["giou", "smooth_l1"] = "giou"
+
+
 class FeatureMimicConfig(TermConfig):
     """`losses.feature_mimic`, behind an adapter a level."""
 
@@ -125,7 +132,9 @@ class FPNAttentionConfig(TermConfig):
     name: Literal["attention_transfer"]
 
 
-LossConfig = Annotated[SoftLabelConfig | FeatureMimicConfig | FPNAttentionConfig, Field(discriminator="name")]
+LossConfig = Annotated[
+    SoftLabelConfig | BoxMimicConfig | FeatureMimicConfig | FPNAttentionConfig, Field(discriminator="name")
+]
 
 
 class PruningConfig(Section):
@@ -275,7 +284,7 @@ def explain(error: ValidationError) -> str:
         hint = f"; did you mean {near[0].rstrip(',')}?" if near else ""
         return f"{key}: {value!r} is not allowed; choose {found['ctx']['expected']}{hint}{more}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        options = found["ctx"].get("expected_tags", "'dense_sigmoid', 'plain_mimic', 'pkd', 'attention_transfer'")
+        options = found["ctx"].get("expected_tags") or ", ".join(repr(tag) for model in LOSSES for tag in _tags(model))
         if not isinstance(value, dict):
             return f"{key}: found {value!r}; a section with name: {options} is needed{more}"
         if "name" not in value:
@@ -307,7 +316,7 @@ def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
     return names, allowed
 
 
-LOSSES = (SoftLabelConfig, FeatureMimicConfig, FPNAttentionConfig)
+LOSSES = (SoftLabelConfig, BoxMimicConfig, FeatureMimicConfig, FPNAttentionConfig)
 
 
 def _tags(model: type[Section]) -> tuple[str, ...]:

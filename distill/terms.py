@@ -3,10 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from losses import attention_transfer, dense_sigmoid, pkd, plain_mimic
+from losses import attention_transfer, box_mimic, dense_sigmoid, pkd, plain_mimic
+from losses.precision import at_least_float32
 from students import DenseOutput, Detector
 
 
@@ -64,6 +67,29 @@ class SoftLabelTerm(KnowledgeTerm):
             [teacher.class_logits[j] for _, j in self.pairs],
             self.beta,
         )
+
+
+class BoxMimicTerm(KnowledgeTerm):
+    """Boxes of dense heads, location by location, each counting as much as the teacher's highest class score there.
+
+    A box is taken from its location and in strides, the same for both detectors at paired levels.
+    """
+
+    def __init__(self, student: Detector, teacher: Detector, kind: Literal["giou", "smooth_l1"] = "giou"):
+        super().__init__(student, teacher)
+        self.kind = kind
+
+    def forward(self, student: DenseOutput, teacher: DenseOutput) -> Tensor:
+        boxes = torch.cat([boxes_around_locations(student.box_distances[i]) for i, _ in self.pairs])
+        wanted = torch.cat([boxes_around_locations(teacher.box_distances[j]) for _, j in self.pairs])
+        scores = [at_least_float32(teacher.class_logits[j]).sigmoid().amax(dim=1).flatten() for _, j in self.pairs]
+        return box_mimic(boxes, wanted, torch.cat(scores), self.kind)
+
+
+def boxes_around_locations(distances: Tensor) -> Tensor:
+    """Distances (B, 4, H, W) to the left, top, right and bottom edge -> boxes (B*H*W, 4) xyxy around the location."""
+    left_top, right_bottom = distances.chunk(2, dim=1)
+    return torch.cat((-left_top, right_bottom), dim=1).permute(0, 2, 3, 1).reshape(-1, 4)
 
 
 class FeatureMimicTerm(KnowledgeTerm):

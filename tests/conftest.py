@@ -67,7 +67,7 @@ def targets() -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def settings(scenes, tmp_path) -> dict:
-    """A whole config of the smallest run that trains a teacher, distils by all three losses and cuts twice."""
+    """A whole config of the smallest run that trains a teacher, distils by all kinds of losses and cuts twice."""
     detector = {"backbone": "test_resnet", "channels": 16, "head_depth": 1}
     return {
         "output_dir": str(tmp_path / "run"),
@@ -76,6 +76,7 @@ def settings(scenes, tmp_path) -> dict:
         "student": detector,
         "losses": {
             "soft_label": {"name": "dense_sigmoid"},
+            "box": {"name": "box_mimic"},
             "feature_mimic": {"name": "pkd", "weight": 0.5, "schedule": {"shape": "cosine", "warmup_epochs": 1.5}},
             "fpn_attention": {"name": "attention_transfer", "weight": 0.2, "schedule": {"stop_epoch": 4}},
         },

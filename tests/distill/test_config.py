@@ -91,7 +91,7 @@ def test_overrides_that_are_none(write, override, message):
         (
             "losses.soft_label.name=dense_sigmoit",
             "losses.soft_label: name 'dense_sigmoit' is not allowed, did you mean dense_sigmoid; "
-            "choose name: 'dense_sigmoid', 'plain_mimic', 'pkd', 'attention_transfer'",
+            "choose name: 'dense_sigmoid', ",
         ),
         ("losses.more={weight: 1}", "losses.more.name: is missing; choose 'dense_sigmoid', "),
         ("losses.more=pkd", "losses.more: "),

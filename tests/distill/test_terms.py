@@ -5,8 +5,9 @@ import torch
 
 from distill.combiner import Combiner
 from distill.distiller import Distiller
-from distill.terms import FeatureMimicTerm, FPNAttentionTerm, SoftLabelTerm, match_levels
+from distill.terms import BoxMimicTerm, FeatureMimicTerm, FPNAttentionTerm, SoftLabelTerm, match_levels
 from losses import attention_transfer, dense_sigmoid, plain_mimic
+from students import DenseOutput
 
 
 def all_terms(student, teacher):
@@ -14,11 +15,12 @@ def all_terms(student, teacher):
         "soft_label": SoftLabelTerm(student, teacher),
         "feature_mimic": FeatureMimicTerm(student, teacher),
         "fpn_attention": FPNAttentionTerm(student, teacher),
+        "box": BoxMimicTerm(student, teacher),
     }
 
 
 def weighted(*weights):
-    return Combiner(dict(zip(("soft_label", "feature_mimic", "fpn_attention"), weights)))
+    return Combiner(dict(zip(("soft_label", "feature_mimic", "fpn_attention", "box"), weights)))
 
 
 @pytest.fixture
@@ -58,17 +60,31 @@ def test_each_term_is_its_loss_over_the_common_levels(build_tiny, images):
     )
 
 
+def test_boxes_count_by_the_teachers_score(build_tiny):
+    student = build_tiny(levels=(4, 5))
+    maps = lambda *values: tuple(torch.tensor(v).reshape(1, -1, 1, 1) for v in values)  # noqa: E731
+    # one location a level, two classes; scores 0.5 and 0.8, sigmoid(ln 4)
+    ours = DenseOutput((), (), maps([1.0, 1, 1, 1], [2.0, 1, 1, 1]))
+    theirs = DenseOutput((), maps([0.0, -9], [-9, math.log(4)]), maps([1.0, 1, 1, 1], [1.0, 1, 1, 1]))
+    # the first boxes agree; the second are (-2, -1, 1, 1) and (-1, -1, 1, 1), areas 6 and 4: GIoU = IoU = 2/3
+    term = BoxMimicTerm(student, student)
+    torch.testing.assert_close(term(ours, theirs), torch.tensor(0.8 * (1 / 3) / 1.3))
+    # smooth-L1 of one coordinate that is off by 1: 0.5, over four coordinates
+    term = BoxMimicTerm(student, student, "smooth_l1")
+    torch.testing.assert_close(term(ours, theirs), torch.tensor(0.8 * (0.5 / 4) / 1.3))
+
+
 def test_weights_enter_the_sum_and_each_part_is_given(pair, images, targets):
     student, teacher = pair
-    unit = Distiller(student, all_terms(student, teacher), weighted(1.0, 2.0, 100.0)).eval()
+    unit = Distiller(student, all_terms(student, teacher), weighted(1.0, 2.0, 100.0, 4.0)).eval()
     taught = teacher(images)
     total, parts = unit(images, targets, taught)
     output = student(images)
     wanted = {
         "task": sum(student.loss(output, targets).values()),
-        **{name: w * unit.terms[name](output, taught) for name, w in zip(unit.terms, (1.0, 2.0, 100.0))},
+        **{name: w * unit.terms[name](output, taught) for name, w in zip(unit.terms, (1.0, 2.0, 100.0, 4.0))},
     }
-    assert list(parts) == ["task", "soft_label", "feature_mimic", "fpn_attention"]
+    assert list(parts) == ["task", "soft_label", "feature_mimic", "fpn_attention", "box"]
     for name, value in parts.items():
         assert value.item() == pytest.approx(wanted[name].item(), rel=1e-5) and value.item() > 0
         assert not value.requires_grad
@@ -87,7 +103,7 @@ def test_weights_of_zero_are_plain_training(pair, images, targets, build_tiny):
     student, teacher = pair
     plain = build_tiny()
     Distiller(plain)(images, targets)[0].backward()
-    unit = Distiller(student, all_terms(student, teacher), weighted(0.0, 0.0, 0.0))
+    unit = Distiller(student, all_terms(student, teacher), weighted(0.0, 0.0, 0.0, 0.0))
     unit(images, targets, teacher(images))[0].backward()
     for (name, ours), theirs in zip(student.named_parameters(), plain.parameters()):
         assert torch.equal(ours.grad, theirs.grad), name
@@ -107,6 +123,7 @@ def test_a_student_is_at_zero_distance_from_itself(build_tiny, images):
     output = student(images)
     assert FPNAttentionTerm(student, student)(output, output) == 0
     assert SoftLabelTerm(student, student)(output, output) == 0
+    assert BoxMimicTerm(student, student)(output, output).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_what_is_traced_and_what_keeps_its_width(pair, images):
