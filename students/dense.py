@@ -41,7 +41,7 @@ class DenseDetector(Detector):
         channels: int = 96,
         levels: tuple[int, ...] = (3, 4, 5),
         head_depth: int = 2,
-        box_loss_weight: float = 4.0,
+        box_loss_weight: float = 5.0,
     ):
         super().__init__()
         if not class_names:

@@ -96,9 +96,9 @@ def test_loss_of_the_right_answer_is_zero(build_tiny):
     fine, coarse = output.box_distances
     shrunk = DenseOutput(output.features, output.class_logits, (fine * 0.5, coarse))
     # at four locations the box is a quarter of the object and inside it, GIoU = IoU = 1/4; at the fifth it is right.
-    # Their qualities differ, yet each counts alike; weighted by 4
+    # Their qualities differ, yet each counts alike; weighted by 5
     losses = detector.loss(shrunk, target)
-    assert losses["box"].item() == pytest.approx(4 * (4 * 0.75 + 0) / 5, rel=1e-4)
+    assert losses["box"].item() == pytest.approx(5 * (4 * 0.75 + 0) / 5, rel=1e-4)
 
 
 def test_loss_without_objects_is_the_quality_focal_loss_of_background(build_tiny):
