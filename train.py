@@ -30,6 +30,7 @@ from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
+from distill.pruning.saliency import measure_saliency
 from distill.report import Report, StepProgress
 from distill.run_folder import RunFolder
 from distill.summary import COLUMNS, banner_rows, describe, size, table_rows
@@ -163,7 +164,9 @@ def fit(
 
         plan, ap_after_cut = None, None
         if pruner and epoch in pruner.epochs:
-            plan = agree(accelerator, pruner.plan(unit, epoch) if accelerator.is_main_process else None)
+            batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device, 16)
+            saliency = measure_saliency(unit, teacher, batches) if pruner.needs_saliency else None
+            plan = agree(accelerator, pruner.plan(unit, epoch, saliency) if accelerator.is_main_process else None)
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
@@ -173,7 +176,7 @@ def fit(
             cut_everywhere(plan, unit, ema, optimizer)
             for detector in dict.fromkeys((student, kept)):
                 batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device)
-                recalibrate_batch_norms(detector, batches)
+                recalibrate_batch_norms(detector, (batch.images for batch in batches))
             trained = accelerator.prepare_model(unit)
             progress.record_cut(plan, step=epoch * len(loader))
             ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None

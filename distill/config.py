@@ -144,8 +144,10 @@ class PruningConfig(Section):
     start: Annotated[int, Field(ge=0)]
     end: Annotated[int, Field(ge=0)]
     every: Count = 1
-    importance: Literal["group_l1"] = "group_l1"
+    importance: Literal["group_l1", "taylor"] = "group_l1"
     ranking: Literal["uniform", "global"] = "uniform"  # the same share of every group, or the weakest channels anywhere
+    per_macs: bool = False  # with global ranking: the weakest for what they cost
+    floor: Share = 0.0  # what every group keeps of its width
     round_to: Count = 8
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     evaluate: bool = False  # AP right after each cut, before any training

@@ -46,6 +46,40 @@ def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
+def count_uses(model: nn.Module, image_size: tuple[int, int]) -> dict[str, int]:
+    """How often one image uses each entry of the weights of convolutions and linear layers, by tensor name.
+
+    That is the number of positions that the layer gives an output for, over all its calls; times the entries of the
+    weight it makes the layer's multiply-accumulates. Runs where the model is.
+
+    Args:
+        model: takes images (B, 3, H, W).
+        image_size: (height, width) in pixels.
+    """
+    uses: dict[str, int] = {}
+
+    def count(name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            channels = output.shape[1] if isinstance(layer, nn.modules.conv._ConvNd) else output.shape[-1]
+            uses[name] = uses.get(name, 0) + output.numel() // channels
+
+        return hook
+
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    handles = [
+        layer.register_forward_hook(count(f"{name}.weight"))
+        for name, layer in model.named_modules()
+        if isinstance(layer, layers)
+    ]
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(_blank_images(model, 1, image_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return uses
+
+
 def measure_latency(
     model: nn.Module,
     image_size: tuple[int, int],

@@ -1,6 +1,7 @@
 """From scores and a budget to a plan."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,17 +12,17 @@ from students import Detector, Plan
 from students.plan import apply_plan, named_tensors
 
 
-def keep_counts(scores: Sequence[Tensor], threshold: float, round_to: int) -> list[int]:
+def keep_counts(scores: Sequence[Tensor], threshold: float, round_to: int, floors: Sequence[int]) -> list[int]:
     """How many channels of each group stay when those that score below a global threshold go.
 
-    A count is rounded to the nearest multiple of `round_to`, at least one multiple and never more than there are; a
-    group that loses nothing keeps the width it has.
+    A count is rounded to the nearest multiple of `round_to` that is not below the group's floor, and never more than
+    there are; a group that loses nothing keeps the width it has.
     """
     counts = []
-    for score in scores:
+    for score, floor in zip(scores, floors):
         wanted = int((score >= threshold).sum())
-        rounded = max(round_to, round(wanted / round_to) * round_to)
-        counts.append(min(rounded, len(score)) if wanted < len(score) else wanted)
+        nearest = max(round(wanted / round_to), math.ceil(floor / round_to)) * round_to
+        counts.append(min(nearest, len(score)) if wanted < len(score) else wanted)
     return counts
 
 
@@ -49,6 +50,7 @@ def meet_macs(
     macs: float,
     count_macs: Callable[[Detector], int],
     round_to: int,
+    floors: Sequence[int],
 ) -> tuple[Plan, int]:
     """The mildest plan under one global threshold that leaves the student at most `macs`, found by bisection.
 
@@ -60,6 +62,7 @@ def meet_macs(
         macs: multiply-accumulates that may be left.
         count_macs: MACs of a student; it gets a copy on the meta device.
         round_to: widths become multiples of this.
+        floors: least width of each group.
 
     Returns:
         The plan and the MACs that it leaves; where even the heaviest plan leaves more, that one.
@@ -67,7 +70,7 @@ def meet_macs(
     tensors = named_tensors(unit)
 
     def attempt(threshold: float) -> tuple[Plan, int]:
-        plan = make_plan(groups, scores, keep_counts(scores, threshold, round_to), tensors)
+        plan = make_plan(groups, scores, keep_counts(scores, threshold, round_to, floors), tensors)
         trial = copy.deepcopy(student).to("meta")
         apply_plan([(trial, plan.below("student."))])
         return plan, count_macs(trial)

@@ -1,32 +1,74 @@
-"""How much each channel of a group matters."""
+"""How much each channel of a group matters, and what it costs."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from distill.pruning.graph import ChannelGroup
 
+# of every parameter, what each of its entries adds to the loss; see `distill.pruning.saliency`
+Saliency = Mapping[str, Tensor]
 
-def group_l1(group: ChannelGroup, tensors: dict[str, Tensor]) -> Tensor:
+
+def group_l1(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None = None) -> Tensor:
     """Sum of absolute weights over every filter and input slice that a channel owns (Li 2017, arXiv 1608.08710).
 
-    Divided by the group's mean, so that channels of different groups can be ranked together.
+    Divided by the group's mean, so that channels of different groups can be ranked together. Norms and biases are left
+    out: they scale what the filters give, and their absolute size says little by itself.
 
     Args:
         group: the channels.
         tensors: the traced module's tensors by name.
+        saliency: not looked at.
 
     Returns:
         (width,) float32 on the CPU.
     """
-    scores = torch.zeros(group.width)
-    for member in group.members:
-        weight = tensors[member.name]
-        if weight.dim() < 2:
-            continue  # norms and biases scale what the filters give; their absolute size says little by itself
-        others = [dim for dim in range(weight.dim()) if dim != member.dim]
-        norms = weight.detach().float().abs().sum(dim=others).cpu()
-        scores.index_add_(0, torch.tensor(member.channels), norms[torch.tensor(member.positions)])
+    scores = sum_by_channel(group, {name: tensor.abs() for name, tensor in tensors.items() if tensor.dim() > 1})
     return scores / scores.mean().clamp(min=1e-12)
+
+
+def taylor(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None) -> Tensor:
+    """First-order Taylor on weights: the sum of (w dL/dw)^2 over all that a channel owns (Molchanov 2019, 1906.10771).
+
+    Scores of all groups are on one scale, the squared change of the loss. The loss is whatever the saliency was
+    measured with: with the knowledge terms in it, what the teacher cares about counts too.
+
+    Args:
+        group: the channels.
+        tensors: not looked at.
+        saliency: mean over batches of (w dL/dw)^2, by parameter name.
+
+    Returns:
+        (width,) float32 on the CPU.
+    """
+    assert saliency is not None, "taylor needs a saliency"
+    return sum_by_channel(group, saliency)
+
+
+def sum_by_channel(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor:
+    """(width,) the sum of all entries that go with each channel, over those members that have values."""
+    sums = torch.zeros(group.width)
+    for member in group.members:
+        if member.name not in values:
+            continue
+        value = values[member.name].detach().float()
+        others = [dim for dim in range(value.dim()) if dim != member.dim]
+        slices = (value.sum(dim=others) if others else value).cpu()
+        sums.index_add_(0, torch.tensor(member.channels), slices[torch.tensor(member.positions)])
+    return sums
+
+
+def macs_by_channel(group: ChannelGroup, tensors: Mapping[str, Tensor], uses: Mapping[str, int]) -> Tensor:
+    """(width,) multiply-accumulates that go with each channel while all others stay.
+
+    Args:
+        group: the channels.
+        tensors: the traced module's tensors by name.
+        uses: how often one image uses each entry of a weight, see `distill.measure.count_uses`.
+    """
+    return sum_by_channel(group, {name: torch.full_like(tensors[name], float(n)) for name, n in uses.items()})
 
 
 def rank_within_group(scores: Tensor, uncut_width: int) -> Tensor:
@@ -45,4 +87,5 @@ def rank_within_group(scores: Tensor, uncut_width: int) -> Tensor:
     return (scores.argsort(stable=True).argsort() + 1 + gone) / uncut_width
 
 
-IMPORTANCES = {"group_l1": group_l1}
+IMPORTANCES = {"group_l1": group_l1, "taylor": taylor}
+NEED_SALIENCY = {"taylor"}

@@ -1,16 +1,20 @@
 """Decides what a student loses before which epoch, and takes it from everything that follows the student's shape."""
 
+import math
+
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from torch.optim import Optimizer
 
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
-from distill.measure import count_macs
+from distill.measure import count_macs, count_uses
 from distill.pruning.budget import meet_macs
-from distill.pruning.graph import find_groups
-from distill.pruning.importance import IMPORTANCES, rank_within_group
+from distill.pruning.graph import ChannelGroup, find_groups
+from distill.pruning.importance import IMPORTANCES, NEED_SALIENCY, Saliency, macs_by_channel, rank_within_group
 from distill.pruning.schedule import cubic_left, cuts_at
 from students.plan import Plan, apply_plan, named_tensors
 
@@ -27,7 +31,14 @@ class Pruner:
         every: epochs between cuts.
         importance: name of a function in `distill.pruning.importance`.
         ranking: `uniform` takes the same share of every group, `global` the lowest scores wherever they are.
+        per_macs: scores are divided by the multiply-accumulates that go with a channel, so that what is dear and of
+            little use goes first; it makes a difference to `global` ranking only.
+        floor: share of its uncut width that every group keeps.
         round_to: widths become multiples of this.
+
+    Attributes:
+        epochs: before which cuts are made.
+        needs_saliency: whether `plan` wants to know what each parameter adds to the loss.
     """
 
     def __init__(
@@ -40,13 +51,16 @@ class Pruner:
         every: int = 1,
         importance: str = "group_l1",
         ranking: str = "uniform",
+        per_macs: bool = False,
+        floor: float = 0.0,
         round_to: int = 8,
     ):
         self.uncut_macs = uncut_macs
         self.image_size = image_size
         self.target, self.start, self.end, self.every = target, start, end, every
         self.importance = IMPORTANCES[importance]
-        self.ranking = ranking
+        self.needs_saliency = importance in NEED_SALIENCY
+        self.ranking, self.per_macs, self.floor = ranking, per_macs, floor
         self.uncut_widths: dict[str, int] = {}  # by group, as `check` finds them
         self.round_to = round_to
         self.epochs = cuts_at(start, end, every)
@@ -58,7 +72,7 @@ class Pruner:
             UserError: the student cannot be traced and cut, or no plan can reach the target.
         """
         try:
-            least = self._plan(unit, 0.0)[1] / self.uncut_macs
+            least = self._least(unit) / self.uncut_macs
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -67,24 +81,43 @@ class Pruner:
             ) from error
         if least > self.target:
             raise UserError(
-                f"pruning.target: {self.target} cannot be reached; with every width cut to {self.round_to} this "
-                f"student still has {least:.3f} of its MACs; raise the target, or lower pruning.round_to"
+                f"pruning.target: {self.target} cannot be reached; with every width cut to "
+                f"{f'{self.floor:g} of itself or ' if self.floor else ''}{self.round_to} this student still has "
+                f"{least:.3f} of its MACs; raise the target, or lower pruning.round_to or pruning.floor"
             )
 
-    def plan(self, unit: Distiller, epoch: int) -> Plan:
-        """The cut that is due before an epoch; empty if the student is small enough already."""
-        left = cubic_left(epoch, self.start, self.end, self.every, self.target)
-        return self._plan(unit, left * self.uncut_macs)[0]
+    def plan(self, unit: Distiller, epoch: int, saliency: Saliency | None = None) -> Plan:
+        """The cut that is due before an epoch; empty if the student is small enough already.
 
-    def _plan(self, unit: Distiller, macs: float) -> tuple[Plan, int]:
-        groups = find_groups(unit, self.image_size)
-        tensors = named_tensors(unit)
-        scores = [self.importance(group, tensors) for group in groups]
+        Args:
+            unit: the student with its adapters.
+            epoch: counted from 0.
+            saliency: of the unit's parameters as they are now, for an importance that needs it.
+        """
+        left = cubic_left(epoch, self.start, self.end, self.every, self.target)
+        groups, tensors = find_groups(unit, self.image_size), named_tensors(unit)
+        scores = [self.importance(group, tensors, saliency) for group in groups]
+        if self.per_macs:
+            uses = {f"student.{name}": n for name, n in count_uses(unit.student, self.image_size).items()}
+            # adapters are not deployed, so what they compute costs nothing; what costs nothing must not go for free
+            costs = [macs_by_channel(group, tensors, uses).clamp(min=1) for group in groups]
+            scores = [score / cost for score, cost in zip(scores, costs)]
         if self.ranking == "uniform":
-            widths = [self.uncut_widths.setdefault(group.name, group.width) for group in groups]
-            scores = [rank_within_group(score, width) for score, width in zip(scores, widths)]
+            scores = [rank_within_group(score, self._uncut_width(group)) for score, group in zip(scores, groups)]
+        return self._meet(unit, groups, scores, left * self.uncut_macs)[0]
+
+    def _least(self, unit: Distiller) -> int:
+        """MACs when every group is cut as far as may be; which channels they lose does not matter."""
+        groups = find_groups(unit, self.image_size)
+        return self._meet(unit, groups, [torch.zeros(group.width) for group in groups], 0.0)[1]
+
+    def _meet(self, unit: Distiller, groups: list[ChannelGroup], scores: list[Tensor], macs: float) -> tuple[Plan, int]:
+        floors = [max(self.round_to, math.ceil(self.floor * self._uncut_width(group))) for group in groups]
         count = lambda student: count_macs(student, self.image_size)  # noqa: E731
-        return meet_macs(unit, unit.student, groups, scores, macs, count, self.round_to)
+        return meet_macs(unit, unit.student, groups, scores, macs, count, self.round_to, floors)
+
+    def _uncut_width(self, group: ChannelGroup) -> int:
+        return self.uncut_widths.setdefault(group.name, group.width)
 
 
 def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:

@@ -44,12 +44,26 @@ def test_l1_importance_sums_all_that_a_channel_owns():
 
 def test_counts_are_rounded_to_the_nearest_multiple():
     scores = [torch.arange(float(width)) for width in (40, 20, 12, 8, 5)]
-    assert keep_counts(scores, 0.0, 8) == [40, 20, 12, 8, 5]  # what loses nothing is not rounded either
-    assert keep_counts(scores, 1.0, 8) == [40, 16, 8, 8, 5]  # 39, 19, 11, 7 and 4 reach it; never more than there are
-    assert keep_counts(scores, 11.0, 8) == [32, 8, 8, 8, 5]  # 29, 9, 1, 0 and 0 reach it; never less than one multiple
-    assert keep_counts(scores, 16.0, 8) == [24, 8, 8, 8, 5]
-    assert keep_counts(scores, float("inf"), 8) == [8, 8, 8, 8, 5]
-    assert keep_counts(scores, 11.0, 1) == [29, 9, 1, 1, 1]
+    floors = [8] * 5
+    assert keep_counts(scores, 0.0, 8, floors) == [40, 20, 12, 8, 5]  # what loses nothing is not rounded either
+    assert keep_counts(scores, 1.0, 8, floors) == [
+        40,
+        16,
+        8,
+        8,
+        5,
+    ]  # 39, 19, 11, 7 and 4 reach it; never more than there are
+    assert keep_counts(scores, 11.0, 8, floors) == [
+        32,
+        8,
+        8,
+        8,
+        5,
+    ]  # 29, 9, 1, 0 and 0 reach it; never less than one multiple
+    assert keep_counts(scores, 16.0, 8, floors) == [24, 8, 8, 8, 5]
+    assert keep_counts(scores, float("inf"), 8, floors) == [8, 8, 8, 8, 5]
+    assert keep_counts(scores, float("inf"), 8, [20, 10, 4, 1, 1]) == [24, 16, 8, 8, 5]  # rounded up, not below
+    assert keep_counts(scores, 11.0, 1, [1] * 5) == [29, 9, 1, 1, 1]
 
 
 def test_a_plan_keeps_the_best_channels():
@@ -66,7 +80,7 @@ def test_the_mildest_plan_that_meets_the_budget(build_unit, backbone, neck):
     groups, scores, tensors = scored(unit)
     before = copy.deepcopy(unit)
     target = 0.6 * count_macs(unit.student, SIZE)
-    plan, left = meet_macs(unit, unit.student, groups, scores, target, macs, 8)
+    plan, left = meet_macs(unit, unit.student, groups, scores, target, macs, 8, [8] * len(groups))
     # so far it is only a plan
     assert all(torch.equal(x, y) for x, y in zip(unit.state_dict().values(), before.state_dict().values()))
     apply_plan([(unit, plan)])
@@ -75,7 +89,7 @@ def test_the_mildest_plan_that_meets_the_budget(build_unit, backbone, neck):
         assert len(cut.keep) % 8 == 0 and 8 <= len(cut.keep) < cut.width
 
     # the widths that the next lower threshold gives would leave too much
-    steps = [keep_counts(scores, float(t), 8) for t in torch.unique(torch.cat(scores))]
+    steps = [keep_counts(scores, float(t), 8, [8] * len(groups)) for t in torch.unique(torch.cat(scores))]
     steps = [counts for n, counts in enumerate(steps) if counts != steps[n - 1]]
     live = named_tensors(unit)
     chosen = steps.index([len(live[g.members[0].name].movedim(g.members[0].dim, 0)) for g in groups])
@@ -86,14 +100,14 @@ def test_the_mildest_plan_that_meets_the_budget(build_unit, backbone, neck):
 def test_no_wider_than_it_was_and_whole_where_nothing_goes(build_unit):
     unit = build_unit(channels=20)  # no multiple of 8
     groups, scores, _ = scored(unit)
-    plan, left = meet_macs(unit, unit.student, groups, scores, macs(unit.student), macs, 8)
+    plan, left = meet_macs(unit, unit.student, groups, scores, macs(unit.student), macs, 8, [8] * len(groups))
     assert not plan and left == macs(unit.student)
 
 
 def test_a_budget_out_of_reach_gives_the_heaviest_plan(build_unit):
     unit = build_unit()
     groups, scores, _ = scored(unit)
-    plan, left = meet_macs(unit, unit.student, groups, scores, 0, macs, 8)
+    plan, left = meet_macs(unit, unit.student, groups, scores, 0, macs, 8, [8] * len(groups))
     assert left > 0
     assert {len(cut.keep) for cut in plan.cuts} == {8}
 
@@ -107,4 +121,4 @@ def test_ranks_within_a_group_count_from_its_uncut_width():
 def test_one_threshold_on_ranks_leaves_the_same_share_of_every_group():
     wide, narrow = torch.arange(64.0), torch.arange(32.0) * 1000
     ranks = [rank_within_group(wide, 64), rank_within_group(narrow, 32)]
-    assert keep_counts(ranks, 0.51, round_to=8) == [32, 16]
+    assert keep_counts(ranks, 0.51, 8, [8, 8]) == [32, 16]

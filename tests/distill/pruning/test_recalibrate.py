@@ -40,7 +40,8 @@ def test_batches_are_spread_evenly_and_the_same_each_time(scenes):
     seen = torch.stack([torch.from_numpy(dataset[n].image) for n in range(8)]).permute(0, 3, 1, 2) / 255
 
     def batches(*arguments):
-        return list(calibration_batches(dataset, *arguments, device=torch.device("cpu"), number=2))
+        found = calibration_batches(dataset, *arguments, device=torch.device("cpu"), number=2)
+        return [batch.images for batch in found]
 
     assert [len(batch) for batch in batches(3)] == [3, 3]
     assert torch.allclose(torch.cat(batches(2)), seen[[0, 2, 4, 6]])
