@@ -6,7 +6,11 @@ A loss over the pyramid is the sum over its levels. Where the channels differ, a
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.shape_check import require_feature_map, require_same_shape
+from losses.normalizer import average_across_ranks
+from losses.precision import at_least_float32
+from losses.shape_check import require_feature_map, require_location_weights, require_same_shape
+
+EPSILON = 1e-6  # least total weight; without any the loss is 0, not 0 / 0
 
 
 def plain_mimic(student: Tensor, teacher: Tensor) -> Tensor:
@@ -25,6 +29,76 @@ def plain_mimic(student: Tensor, teacher: Tensor) -> Tensor:
     require_feature_map("plain_mimic", student)
     require_same_shape("plain_mimic(student, teacher)", student, teacher)
     return F.mse_loss(student.float(), teacher.detach().float())
+
+
+def score_weighted_mimic(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor:
+    """Mimic where the teacher is sure of an object, in the spirit of the feature-richness score (Du 2021, 2111.00674).
+
+    sum w (S - T)^2 / (C sum w). Both sums run over the whole batch: a location counts what its score says, whichever
+    image it is in, and an image without objects counts little. Between processes sum w is averaged, so that many
+    learn what one would. It is at least 1e-6.
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W). Detached.
+        scores: (B, H, W) the teacher's highest class probability. Detached.
+
+    Returns:
+        The weighted mean over all elements; `plain_mimic` where all scores are equal, 0 where all are 0.
+
+    Raises:
+        ValueError: the shapes differ, the maps are empty, or `scores` is not one number a location.
+    """
+    squares, total = _weighted_squares("score_weighted_mimic", student, teacher, scores)
+    return squares / (student.shape[1] * total)
+
+
+def masked_mimic(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mimic of the foreground alone (fine-grained feature imitation, Wang 2019, arXiv 1906.03609).
+
+    sum M (S - T)^2 / (2 sum M), summed over channels and over the whole batch. Between processes sum M is averaged,
+    so that many learn what one would. The mask is the caller's: the authors mark locations whose anchors overlap an
+    object, `foreground_mask` those inside one. Their weight is 0.01.
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W). Detached.
+        mask: (B, H, W) 1 or True on objects, 0 elsewhere. Detached.
+
+    Returns:
+        Half the squared distance of two feature vectors, averaged over the masked locations; 0 where there are none.
+
+    Raises:
+        ValueError: the shapes differ, the maps are empty, or `mask` is not one number a location.
+    """
+    squares, total = _weighted_squares("masked_mimic", student, teacher, mask)
+    return squares / (2 * total)
+
+
+def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Channel-wise distillation: where each channel looks, not how strongly (Shu 2021, arXiv 2011.13256).
+
+    With p = softmax over the H*W locations of F / temperature, one distribution an image and channel:
+    temperature^2 * KL(p_T || p_S), averaged over images and channels. Detectors weight it by 1 to 10 a level.
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W). Detached.
+        temperature: above 1 softens the peaks.
+
+    Returns:
+        The mean over images and channels; 0 for maps of one location.
+
+    Raises:
+        ValueError: the shapes differ, or the maps are empty.
+    """
+    require_feature_map("cwd", student)
+    require_same_shape("cwd(student, teacher)", student, teacher)
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    student_log = (student.flatten(2) / temperature).log_softmax(dim=2)
+    teacher_log = (teacher.flatten(2) / temperature).log_softmax(dim=2)
+    divergence = F.kl_div(student_log, teacher_log, log_target=True, reduction="sum")
+    return temperature**2 * divergence / (student.shape[0] * student.shape[1])
 
 
 def pkd(student: Tensor, teacher: Tensor) -> Tensor:
@@ -57,3 +131,14 @@ def _standardize(features: Tensor) -> Tensor:
     unbiased = min(1, values.shape[1] - 1)  # n - 1 would divide a single value by zero
     deviation = values.std(dim=1, keepdim=True, correction=unbiased)
     return (values - values.mean(dim=1, keepdim=True)) / (deviation + 1e-6)
+
+
+def _weighted_squares(name: str, student: Tensor, teacher: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """sum weights * (S - T)^2 over everything, and the sum of the (B, H, W) weights: the ranks' mean, at least 1e-6."""
+    require_feature_map(name, student)
+    require_same_shape(f"{name}(student, teacher)", student, teacher)
+    require_location_weights(f"{name}: weights", weights, student)
+    weights = at_least_float32(weights.detach())
+    difference = at_least_float32(student) - at_least_float32(teacher.detach())
+    squares = (weights * difference.square().sum(dim=1)).sum()
+    return squares, average_across_ranks(weights.sum()).clamp(min=EPSILON)
