@@ -4,31 +4,49 @@ Every loss detaches its teacher or target and computes in float32, also under au
 Weights and schedules belong to whoever combines the losses.
 """
 
+from losses.attention_guided import AttentionGuided, NonLocal, NonLocalRelation, attention_guided
 from losses.box_iou import giou, pairwise_diou, pairwise_iou
 from losses.cross_head import align_statistics
 from losses.detection import giou_loss, quality_focal_loss
-from losses.feature_mimic import pkd, plain_mimic
-from losses.fpn_attention import attention_transfer
+from losses.feature_mimic import cwd, masked_mimic, pkd, plain_mimic, score_weighted_mimic
+from losses.focal_global import FGD, FGDGlobal, fgd_focal
+from losses.fpn_attention import attention_transfer, fgd_attention, fuse_levels
 from losses.localization import box_mimic, localization_distillation, valuable_region
+from losses.masked_generation import MGD
 from losses.normalizer import average_across_ranks
 from losses.query import query_distillation
+from losses.region import fgd_masks, foreground_mask
 from losses.roi_head import bounded_regression, class_deltas, roi_classification, roi_regression
 from losses.soft_label import dense_sigmoid, dist, dkd, kd
 
 __all__ = [
+    "FGD",
+    "MGD",
+    "AttentionGuided",
+    "FGDGlobal",
+    "NonLocal",
+    "NonLocalRelation",
     "align_statistics",
+    "attention_guided",
     "attention_transfer",
     "average_across_ranks",
     "bounded_regression",
     "box_mimic",
     "class_deltas",
+    "cwd",
     "dense_sigmoid",
     "dist",
     "dkd",
+    "fgd_attention",
+    "fgd_focal",
+    "fgd_masks",
+    "foreground_mask",
+    "fuse_levels",
     "giou",
     "giou_loss",
     "kd",
     "localization_distillation",
+    "masked_mimic",
     "pairwise_diou",
     "pairwise_iou",
     "pkd",
@@ -37,5 +55,6 @@ __all__ = [
     "query_distillation",
     "roi_classification",
     "roi_regression",
+    "score_weighted_mimic",
     "valuable_region",
 ]

@@ -50,3 +50,42 @@ def require_weight(name: str, weight: Tensor, values: Tensor, item_dims: int) ->
             f"{name}: weight has shape {tuple(weight.shape)} for values {tuple(values.shape)}; it must be "
             f"{tuple(expected)}, one number an item"
         )
+
+
+def require_same_locations(name: str, student: Tensor, teacher: Tensor) -> None:
+    """Refuses two maps that show different images or locations; their channels may differ.
+
+    Args:
+        name: the loss, for the message.
+        student: (B, C_S, H, W).
+        teacher: (B, C_T, H, W).
+
+    Raises:
+        ValueError: one is no feature map, or batch, height or width differ.
+    """
+    for features in (student, teacher):
+        require_feature_map(name, features)
+    if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(
+            f"{name}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree in "
+            "batch, height and width; only the channels may differ"
+        )
+
+
+def require_location_weights(name: str, weights: Tensor, features: Tensor) -> None:
+    """Refuses weights that are not one number a location.
+
+    Args:
+        name: the loss and what it calls its weights, for the message.
+        weights: (B, H, W).
+        features: (B, C, H, W).
+
+    Raises:
+        ValueError: any other shape.
+    """
+    wanted = (features.shape[0], *features.shape[2:])
+    if weights.shape != wanted:
+        raise ValueError(
+            f"{name}: shape {tuple(weights.shape)} for features {tuple(features.shape)}; it must be {wanted}, one "
+            "number a location"
+        )

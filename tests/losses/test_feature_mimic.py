@@ -1,9 +1,29 @@
+import math
+
 import pytest
 import torch
 
-from losses import pkd, plain_mimic
+from losses import cwd, masked_mimic, pkd, plain_mimic, score_weighted_mimic
 
-MIMICS = [plain_mimic, pkd]
+
+def score_weighted(student, teacher):
+    """Location weights that grow along the map, none of them 0."""
+    return score_weighted_mimic(student, teacher, _ramp(student))
+
+
+def masked(student, teacher):
+    """The locations of the second half of the map, and the middle of it."""
+    return masked_mimic(student, teacher, _ramp(student) >= 0.5)
+
+
+def _ramp(features):
+    height, width = features.shape[-2:]
+    return torch.linspace(0.1, 1, height * width).view(height, width).expand(len(features), -1, -1)
+
+
+MIMICS = [plain_mimic, pkd, score_weighted, masked, cwd]
+NEW_MIMICS = [score_weighted, masked, cwd]
+WEIGHTED = [score_weighted_mimic, masked_mimic]
 
 
 def test_plain_mimic_of_known_maps():
@@ -54,6 +74,124 @@ def test_pkd_of_dead_channels_and_single_values_is_finite():
         loss.backward()
         assert loss.item() == 0
         assert student.grad.isfinite().all()
+
+
+def test_score_weighted_mimic_of_known_maps():
+    student = torch.tensor([[[[1.0, 2.0]], [[0.0, 4.0]]], [[[5.0, 0.0]], [[0.0, 1.0]]]])
+    teacher = torch.tensor([[[[0.0, 2.0]], [[3.0, 2.0]]], [[[5.0, 3.0]], [[0.0, 0.0]]]])
+    scores = torch.tensor([[[0.5, 0.25]], [[0.9, 0.1]]])
+    # Squares summed over the two channels: 1 + 9 = 10 and 0 + 4 = 4; 0 and 9 + 1 = 10.
+    # (0.5 * 10 + 0.25 * 4 + 0.9 * 0 + 0.1 * 10) / (2 channels * 1.75) = 7 / 3.5
+    torch.testing.assert_close(score_weighted_mimic(student, teacher, scores), torch.tensor(2.0))
+
+
+def test_masked_mimic_of_known_maps():
+    student = torch.tensor([[[[1.0, 2.0]], [[0.0, 4.0]]], [[[5.0, 0.0]], [[0.0, 1.0]]]])
+    teacher = torch.tensor([[[[0.0, 2.0]], [[3.0, 2.0]]], [[[5.0, 3.0]], [[0.0, 0.0]]]])
+    mask = torch.tensor([[[True, False]], [[True, True]]])
+    # Squares summed over the two channels at the three masked locations: (10 + 0 + 10) / (2 * 3).
+    torch.testing.assert_close(masked_mimic(student, teacher, mask), torch.tensor(10 / 3))
+
+
+def test_cwd_of_known_maps():
+    student = torch.zeros(1, 2, 1, 2)
+    teacher = torch.tensor([[[[0.0, math.log(3)]], [[7.0, 7.0]]]])
+    # Channel 0: p_T = (1/4, 3/4), p_S = (1/2, 1/2): KL = ln(1/2) / 4 + 3 ln(3/2) / 4. Channel 1: both even, 0.
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    torch.testing.assert_close(cwd(student, teacher), torch.tensor(divergence / 2))
+    # Twice the logits at twice the temperature are the same distributions; the factor is 2^2.
+    torch.testing.assert_close(cwd(student, 2 * teacher, temperature=2.0), torch.tensor(4 * divergence / 2))
+
+
+def test_cwd_agrees_with_loops():
+    student, teacher, temperature = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4), 1.5
+    total = 0.0
+    for image in range(2):
+        for channel in range(3):
+            s, t = (
+                [math.exp(v / temperature) for v in m[image, channel].flatten().tolist()] for m in (student, teacher)
+            )
+            s, t = [v / sum(s) for v in s], [v / sum(t) for v in t]
+            total += sum(q * math.log(q / p) for p, q in zip(s, t))
+    torch.testing.assert_close(cwd(student, teacher, temperature), torch.tensor(temperature**2 * total / 6))
+
+
+def test_cwd_ignores_offsets():
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(cwd(student + 5, teacher - 3), cwd(student, teacher), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mimic", WEIGHTED)
+def test_weighted_mimics_agree_with_loops(mimic):
+    student, teacher, weights = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4), torch.rand(2, 2, 4)
+    if mimic is masked_mimic:
+        weights = (weights > 0.4).float()
+    squares, total = 0.0, 0.0
+    for b in range(2):
+        for y in range(2):
+            for x in range(4):
+                weight = weights[b, y, x].item()
+                total += weight
+                for c in range(3):
+                    squares += weight * (student[b, c, y, x] - teacher[b, c, y, x]).item() ** 2
+    expected = squares / (2 * total) if mimic is masked_mimic else squares / (3 * total)
+    torch.testing.assert_close(mimic(student, teacher, weights), torch.tensor(expected))
+
+
+def test_equal_scores_are_plain_mimic():
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    loss = score_weighted_mimic(student, teacher, torch.full((2, 4, 4), 0.03))
+    torch.testing.assert_close(loss, plain_mimic(student, teacher))
+
+
+@pytest.mark.parametrize("mimic", WEIGHTED)
+def test_images_without_weight_do_not_count(mimic):
+    student, teacher, weights = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.ones(2, 4, 4)
+    weights[1] = 0
+    alone = mimic(student[:1], teacher[:1], weights[:1])
+    torch.testing.assert_close(mimic(student, teacher, weights), alone)
+
+
+@pytest.mark.parametrize("mimic", WEIGHTED)
+def test_no_weight_at_all_is_zero_and_still_has_a_graph(mimic):
+    student = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = mimic(student, torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("mimic", WEIGHTED)
+def test_weights_are_checked_and_do_not_learn(mimic):
+    student, weights = torch.randn(2, 3, 4, 4, requires_grad=True), torch.rand(2, 4, 4, requires_grad=True)
+    mimic(student, torch.randn(2, 3, 4, 4), weights).backward()
+    assert weights.grad is None
+    for shape in [(2, 1, 4, 4), (2, 4, 3), (1, 4, 4)]:
+        with pytest.raises(ValueError, match=r"for features \(2, 3, 4, 4\); it must be \(2, 4, 4\)") as error:
+            mimic(student, torch.randn(2, 3, 4, 4), torch.zeros(shape))
+        assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("mimic", NEW_MIMICS)
+def test_one_pixel_maps_are_finite(mimic):
+    student = torch.randn(2, 3, 1, 1, requires_grad=True)
+    loss = mimic(student, torch.randn(2, 3, 1, 1))
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mimic", NEW_MIMICS)
+def test_memory_format_does_not_matter(mimic):
+    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    other = mimic(student.to(memory_format=torch.channels_last), teacher.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(other, mimic(student, teacher))
+
+
+@pytest.mark.parametrize("mimic", NEW_MIMICS)
+def test_gradients_are_those_of_the_values(mimic):
+    student = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 2, 2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: mimic(x, teacher), student)
 
 
 @pytest.mark.parametrize("mimic", MIMICS)

@@ -1,0 +1,244 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from losses import AttentionGuided, NonLocal, NonLocalRelation, attention_guided
+
+
+def guided(student, teacher):
+    return attention_guided(student, student, teacher)
+
+
+def relation(student, teacher):
+    torch.manual_seed(0)
+    module = NonLocalRelation(student.shape[1], teacher.shape[1])
+    return _shaken(module, student.dtype)(student, teacher)
+
+
+def whole(student, teacher):
+    torch.manual_seed(0)
+    return _shaken(AttentionGuided(student.shape[1], teacher.shape[1]), student.dtype)(student, teacher)
+
+
+def _shaken(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """With blocks that are no longer the identity, in the type the loss computes in."""
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return module.to(torch.promote_types(dtype, torch.float32))
+
+
+LOSSES = [guided, relation, whole]
+
+
+def test_attention_guided_of_known_maps():
+    three = math.log(3)
+    teacher = torch.tensor([[[[0.0, three]], [[0.0, -three]]]])
+    student = torch.tensor([[[[0.0, 0.0]], [[0.0, 0.0]]]])
+    adapted = torch.tensor([[[[3.0, three]], [[1.0, 1 - three]]]])
+    # T = 1/2. The teacher's spatial attention is 2 softmax(0, ln 9) = (0.2, 1.8), the student's (1, 1): (0.6, 1.4).
+    # Squares summed over channels: 9 + 1 and 0 + 1. sqrt(0.6 * 10 + 1.4) = sqrt(7.4).
+    torch.testing.assert_close(attention_guided(student, adapted, teacher), torch.tensor(math.sqrt(7.4)))
+    # Both channels have the mean ln 3 / 2: the channel mask is (1, 1).
+    loss = attention_guided(student, adapted, teacher, channel_mask=True)
+    torch.testing.assert_close(loss, torch.tensor(math.sqrt(7.4)))
+
+
+def test_the_channel_mask_weights_channels():
+    three = math.log(3)
+    teacher = torch.tensor([[[[0.0, 0.0]], [[three, three]]]])
+    student, adapted = torch.zeros(1, 2, 1, 2), torch.tensor([[[[2.0, 0.0]], [[three, three + 1]]]])
+    # Locations alike. Channels: 2 softmax(0, ln 9) = (0.2, 1.8) against (1, 1): (0.6, 1.4). 0.6 * 4 + 1.4 * 1.
+    torch.testing.assert_close(attention_guided(student, adapted, teacher), torch.tensor(math.sqrt(5)))
+    loss = attention_guided(student, adapted, teacher, channel_mask=True)
+    torch.testing.assert_close(loss, torch.tensor(math.sqrt(3.8)))
+
+
+@pytest.mark.parametrize("channel_mask", [False, True])
+def test_attention_guided_agrees_with_loops(channel_mask):
+    student, adapted, teacher = torch.randn(3, 2, 3, 2, 4)
+
+    def attention(image):
+        values = image.abs().tolist()
+        spatial = [math.exp(sum(values[c][y][x] for c in range(3)) / 3 / 0.7) for y in range(2) for x in range(4)]
+        channel = [math.exp(sum(values[c][y][x] for y in range(2) for x in range(4)) / 8 / 0.7) for c in range(3)]
+        return [8 * s / sum(spatial) for s in spatial], [3 * c / sum(channel) for c in channel]
+
+    total = 0.0
+    for b in range(2):
+        (spatial_s, channel_s), (spatial_t, channel_t) = attention(student[b]), attention(teacher[b])
+        for c in range(3):
+            for j in range(8):
+                weight = (spatial_s[j] + spatial_t[j]) / 2
+                weight *= (channel_s[c] + channel_t[c]) / 2 if channel_mask else 1
+                total += weight * (teacher[b, c].flatten()[j] - adapted[b, c].flatten()[j]).item() ** 2
+    loss = attention_guided(student, adapted, teacher, 0.7, channel_mask)
+    torch.testing.assert_close(loss, torch.tensor(math.sqrt(total)))
+
+
+def test_the_mask_does_not_learn():
+    student, adapted = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4, requires_grad=True)
+    attention_guided(student, adapted, torch.randn(2, 5, 4, 4)).backward()
+    assert student.grad is None
+    assert adapted.grad.abs().sum() > 0
+
+
+def test_zero_with_zero_gradient_where_student_equals_teacher():
+    student = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = guided(student, student.detach().clone())
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+    # The whole, where its adapters are the identity and its blocks still are.
+    module = AttentionGuided(3, 3)
+    for layer in (module.feature_adapter, module.spatial_adapter, module.relation.adapter):
+        nn.init.dirac_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.eye_(module.channel_adapter.weight)
+    nn.init.zeros_(module.channel_adapter.bias)
+    student = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = module(student, student.detach().clone())
+    loss.backward()
+    assert loss.item() < 1e-6
+    assert student.grad.isfinite().all()
+
+
+def test_non_local_starts_as_the_identity():
+    features = torch.randn(2, 4, 5, 3)
+    assert torch.equal(NonLocal(4)(features), features)
+
+
+def test_non_local_of_known_maps():
+    block = NonLocal(1).eval()  # one hidden channel; statistics 0 and 1
+    for layer in (block.theta, block.phi, block.g, block.output):
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.ones_(block.norm.weight)
+    features = torch.tensor([[[[1.0, 2.0, 0.0, 3.0]]]])
+    # theta = F; phi and g are the maxima of pairs, (2, 3): F_i (2 * 2 + 3 * 3) / 2 = 6.5 F_i, plus F_i.
+    torch.testing.assert_close(block(features), 7.5 * features, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("stride", "hidden"), [(2, None), (8, 3), (1, 1)])
+def test_non_local_agrees_with_all_pairs_of_locations(stride, hidden):
+    block = _shaken(NonLocal(4, hidden, stride), torch.float32)
+    features = torch.randn(2, 4, 5, 4)
+    theta, phi, g = block.theta(features).flatten(2), block.phi(features), block.g(features)
+    rows, columns = min(stride, 5), min(stride, 4)
+
+    def pooled(x):
+        """Blocks of rows x columns; what is left over at the ends is dropped. A list of (B, hidden)."""
+        return [
+            x[:, :, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].amax(dim=(2, 3))
+            for i in range(5 // rows)
+            for j in range(4 // columns)
+        ]
+
+    places = []
+    for i in range(20):
+        affinities = [(theta[:, :, i] * p).sum(dim=1, keepdim=True) for p in pooled(phi)]
+        places.append(sum(a * value for a, value in zip(affinities, pooled(g))) / len(affinities))
+    attended = torch.stack(places, dim=2).view(2, -1, 5, 4)
+    expected = features + block.norm(block.output(attended))
+    torch.testing.assert_close(block(features), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_relation_of_known_maps():
+    module = NonLocalRelation(2, 1)
+    nn.init.ones_(module.adapter.weight)  # both blocks are the identity at first; the adapter adds the channels
+    nn.init.zeros_(module.adapter.bias)
+    student = torch.tensor([[[[1.0, 0.0]], [[1.0, 4.0]]]])
+    # 2 and 4 against 5 and 0: sqrt(9 + 16).
+    torch.testing.assert_close(module(student, torch.tensor([[[[5.0, 0.0]]]])), torch.tensor(5.0))
+
+
+def test_the_whole_of_known_maps():
+    module = AttentionGuided(1, 1, mask_weight=1.0, pooled_weight=10.0, relation_weight=100.0)
+    for layer in (module.feature_adapter, module.spatial_adapter, module.relation.adapter):
+        nn.init.dirac_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.ones_(module.channel_adapter.weight)
+    nn.init.zeros_(module.channel_adapter.bias)
+    student, teacher = torch.tensor([[[[0.0, 0.0]]]]), torch.tensor([[[[3.0, -3.0]]]])
+    # Even attention: sqrt(9 + 9). Channel means: 0 and 0. Location means: sqrt(18). Relations, still F: sqrt(18).
+    torch.testing.assert_close(module(student, teacher), torch.tensor((1 + 10 + 100) * math.sqrt(18)))
+    # A constant difference of 3 is one of 3 in the channel mean.
+    loss = module(student, torch.full((1, 1, 1, 2), 3.0))
+    torch.testing.assert_close(loss, torch.tensor((1 + 10 + 100) * math.sqrt(18) + 10 * 3))
+
+
+def test_the_whole_is_the_weighted_sum_of_its_parts():
+    module = _shaken(AttentionGuided(3, 4, 2.0, 3.0, 5.0, temperature=0.6, hidden_channels=2, stride=4), torch.float32)
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 4, 4, 4)
+    masked = attention_guided(student, module.feature_adapter(student), teacher, 0.6)
+    channels = torch.dist(teacher.mean((2, 3)), module.channel_adapter(student.mean((2, 3))))
+    locations = torch.dist(teacher.mean(1, keepdim=True), module.spatial_adapter(student.mean(1, keepdim=True)))
+    expected = 2 * masked + 3 * (channels + locations) + 5 * module.relation(student, teacher)
+    torch.testing.assert_close(module(student, teacher), expected)
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_only_the_student_learns(loss_of, dtype, autocast):
+    student = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = loss_of(student, teacher)
+    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
+    torch.testing.assert_close(loss, loss_of(student.float(), teacher.float()))  # float32 also under autocast
+    loss.backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+def test_adapters_and_both_blocks_learn():
+    module = _shaken(AttentionGuided(4, 5, 1.0, 1.0, 1.0), torch.float64)
+    module(torch.randn(2, 4, 4, 4).double(), torch.randn(2, 5, 4, 4).double()).backward()
+    # A constant the output adds is taken away by the batch normalisation.
+    still = {name for name, parameter in module.named_parameters() if parameter.grad.abs().max() < 1e-10}
+    assert still == {"relation.student_block.output.bias", "relation.teacher_block.output.bias"}
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_one_pixel_maps_are_finite(loss_of):
+    student = torch.randn(2, 3, 1, 1, requires_grad=True)
+    loss = loss_of(student, torch.randn(2, 3, 1, 1))
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_memory_format_does_not_matter(loss_of):
+    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    other = loss_of(student.to(memory_format=torch.channels_last), teacher.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(other, loss_of(student, teacher))
+
+
+def test_gradients_are_those_of_the_values():
+    student, teacher = torch.randn(2, 2, 2, 2, 3, dtype=torch.float64)
+    adapted = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attention_guided(student, x, teacher), adapted)
+    # The whole is left out: its mask, which depends on the student too, is a constant to it.
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: relation(x, teacher), student)
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_locations_are_checked(loss_of):
+    with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\) and teacher \(2, 2, 4, 3\) must agree in batch, height"):
+        loss_of(torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4, 3))
+    with pytest.raises(ValueError, match=r"must be \(B, C, H, W\), not empty"):
+        loss_of(torch.zeros(2, 2, 0, 4), torch.zeros(2, 2, 0, 4))
+
+
+def test_widths_are_checked():
+    narrow, wide = torch.zeros(2, 2, 4, 4), torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\) and \(2, 3, 4, 4\) differ"):
+        attention_guided(narrow, narrow, wide)
+    with pytest.raises(ValueError, match=r"channel mask: shapes \(2, 2, 4, 4\) and \(2, 3, 4, 4\) differ"):
+        attention_guided(narrow, wide, wide, channel_mask=True)
+    with pytest.raises(ValueError, match="the student has 2 and the teacher 3"):
+        AttentionGuided(2, 3, channel_mask=True)
