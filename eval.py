@@ -13,12 +13,13 @@ import torch
 
 import students
 from distill.build import evaluation_split
-from distill.config import Config, check_config, override, read_yaml
+from distill.config import check_config, override, read_yaml
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, run_evaluation
 from distill.measure import measure_latency
 from distill.report import Report, human_ap
 from distill.run_folder import CONFIG
+from distill.schema import Config
 from distill.summary import COLUMNS, describe, table_rows
 
 

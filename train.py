@@ -19,7 +19,7 @@ import students
 from distill import build
 from distill.catalog import print_catalog
 from distill.checkpoint import Progress, load_checkpoint, save_checkpoint
-from distill.config import Config, check_config, load_config
+from distill.config import check_config, load_config
 from distill.data import set_epoch
 from distill.distiller import Distiller
 from distill.distributed import on_main, release, share_buffers
@@ -33,6 +33,7 @@ from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_n
 from distill.pruning.saliency import measure_saliency
 from distill.report import Report, StepProgress
 from distill.run_folder import RunFolder
+from distill.schema import Config
 from distill.summary import COLUMNS, banner_rows, describe, size, table_rows
 from students import Detector
 from teachers import Teacher

@@ -7,14 +7,14 @@ from torch.utils.data import DataLoader
 
 import students
 from distill.combiner import Combiner, WeightSchedule
-from distill.config import Config, DataConfig, DenseConfig, LossConfig
 from distill.data import DetectionDataset, DetectionIndex, build_augmentation, build_loader, build_resize, open_index
 from distill.data.synthetic import draw_scenes
 from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.pruner import Pruner
-from distill.terms import MIMIC_LOSSES, BoxMimicTerm, FeatureMimicTerm, FPNAttentionTerm, KnowledgeTerm, SoftLabelTerm
+from distill.schema import Config, DataConfig, DenseConfig, TermConfig
+from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
 
 
@@ -153,20 +153,13 @@ def build_unit(config: Config, class_names: list[str], teacher: Detector | None)
     return Distiller(student, terms, combiner)
 
 
-def build_term(config: LossConfig, student: Detector, teacher: Detector, name: str) -> KnowledgeTerm:
+def build_term(config: TermConfig, student: Detector, teacher: Detector, name: str) -> KnowledgeTerm:
     """One knowledge term between two detectors."""
+    settings = config.model_dump(exclude={"name", "weight", "schedule"})
     try:
-        match config.name:
-            case "dense_sigmoid":
-                return SoftLabelTerm(student, teacher, config.beta)
-            case "box_mimic":
-                return BoxMimicTerm(student, teacher, config.kind)
-            case "plain_mimic" | "pkd":
-                return FeatureMimicTerm(student, teacher, MIMIC_LOSSES[config.name])
-            case "attention_transfer":
-                return FPNAttentionTerm(student, teacher)
+        return TERMS[config.name](student, teacher, **settings)
     except ValueError as error:
-        raise UserError(f"losses.{name}: {error}") from None
+        raise UserError(f"losses.{name}.{error}") from None
 
 
 def build_pruner(config: Config, unit: Distiller) -> Pruner | None:

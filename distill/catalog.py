@@ -2,17 +2,11 @@
 
 from pathlib import Path
 
-from distill.config import BoxMimicConfig, FeatureMimicConfig, FPNAttentionConfig, SoftLabelConfig
 from distill.pruning.importance import IMPORTANCES
+from distill.schema import LOSSES
 from students.artifact import FAMILIES
 from students.backbone import WEIGHT_PACKAGES
 from students.pyramid import NECKS
-
-LOSSES = {
-    "soft labels": (SoftLabelConfig, BoxMimicConfig),
-    "feature mimic": (FeatureMimicConfig,),
-    "FPN attention": (FPNAttentionConfig,),
-}
 
 
 def catalog() -> dict[str, list[str]]:

@@ -1,210 +1,17 @@
-"""A run's settings: YAML and dotted overrides, checked by pydantic; a wrong key or value is one line with a way out."""
+"""A run's settings from YAML and dotted overrides; a wrong key or value is one line with a way out."""
 
 import copy
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from distill.errors import UserError
+from distill.schema import LOSSES, Config, Section
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DenseConfig(Section):
-    """Settings of `students.dense.DenseDetector`."""
-
-    name: Literal["dense"] = "dense"
-    backbone: str
-    weights: str = "none"
-    neck: Literal["fpn", "pan"] = "fpn"
-    channels: Count = 96
-    levels: list[int] = [3, 4, 5]
-    head_depth: Count = 2
-
-
-class AugmentConfig(Section):
-    """Training-time augmentation; probabilities are per image, strengths are those of albumentations' ColorJitter."""
-
-    horizontal_flip: Share = 0.5
-    vertical_flip: Share = 0.0
-    crop: Share = 0.0
-    crop_scale: tuple[Share, Share] = (0.5, 1.0)
-    zoom_out: Share = 0.0
-    brightness: Share = 0.0
-    contrast: Share = 0.0
-    saturation: Share = 0.0
-    hue: Share = 0.0
-
-
-class SyntheticConfig(Section):
-    """Drawn scenes, written to `data.root` on first use."""
-
-    train: Count = 400
-    val: Count = 100
-    size: Annotated[int, Field(ge=42)] = 160
-    seed: Seed = 0
-
-
-class DataConfig(Section):
-    root: str
-    train: str = "train"
-    val: str = "val"
-    test: str | None = None
-    image_size: tuple[Count, Count]
-    resize: Literal["letterbox", "stretch"] = "letterbox"
-    classes: list[str] | None = None
-    class_map: dict[str, str | None] = {}
-    unreadable: Literal["error", "skip"] = "error"
-    batch_size: Count = 8
-    workers: Annotated[int, Field(ge=0)] = 2
-    augment: AugmentConfig = AugmentConfig()
-    synthetic: SyntheticConfig | None = None
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple) and len(value) != 2:
-            raise ValueError(f"found {value}; give [height, width] in pixels, or one number for a square")
-        return (value, value) if isinstance(value, int) else value
-
-
-class OptimizerConfig(Section):
-    """AdamW, with a linear warm-up and a cosine down to `final` of the rate; a short warm-up again after each cut."""
-
-    lr: Positive = 1e-3
-    backbone_lr: Positive = 1.0  # as a share of lr
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
-    final: Share = 0.02
-    clip_norm: Positive | None = 10.0
-    ema: Share = 0.998  # decay of the averaged copy that is evaluated and kept; 0 keeps the last weights
-
-
-class ScheduleConfig(Section):
-    """Settings of `distill.combiner.WeightSchedule`."""
-
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    final: Share = 0.0
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    stop_epoch: Annotated[int, Field(ge=0)] | None = None
-
-
-class TermConfig(Section):
-    """What every knowledge term has: its weight, and how that goes over the run."""
-
-    weight: Annotated[float, Field(ge=0)] = 1.0  # with balance: gradient, the share of the task's gradient
-    schedule: ScheduleConfig = ScheduleConfig()
-
-
-class SoftLabelConfig(TermConfig):
-    """`losses.soft_label.dense_sigmoid`."""
-
-    name: Literal["dense_sigmoid"]
-    beta: Annotated[float, Field(ge=0)] = 1.0
-
-
-class BoxMimicConfig(TermConfig):
-    """`losses.localization.box_mimic`."""
-
-    name: Literal["box_mimic"]
-    kind: Literal["giou", "smooth_l1"] = "giou"
-
-
-class FeatureMimicConfig(TermConfig):
-    """`losses.feature_mimic`, behind an adapter a level."""
-
-    name: Literal["plain_mimic", "pkd"]
-
-
-class FPNAttentionConfig(TermConfig):
-    """`losses.fpn_attention.attention_transfer`."""
-
-    name: Literal["attention_transfer"]
-
-
-LossConfig = Annotated[
-    SoftLabelConfig | BoxMimicConfig | FeatureMimicConfig | FPNAttentionConfig, Field(discriminator="name")
-]
-
-
-class PruningConfig(Section):
-    """Channels are cut at the start of the epochs `start` to `end`, `every` so many, on a cubic schedule."""
-
-    target: Annotated[float, Field(gt=0, lt=1)]  # MACs left at the end, as a share of the uncut student's
-    start: Annotated[int, Field(ge=0)]
-    end: Annotated[int, Field(ge=0)]
-    every: Count = 1
-    importance: Literal["group_l1", "taylor"] = "group_l1"
-    ranking: Literal["uniform", "global"] = "uniform"  # the same share of every group, or the weakest channels anywhere
-    per_macs: bool = False  # with global ranking: the weakest for what they cost
-    floor: Share = 0.0  # what every group keeps of its width
-    round_to: Count = 8
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    evaluate: bool = False  # AP right after each cut, before any training
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "PruningConfig":
-        if self.end < self.start:
-            raise ValueError(f"end ({self.end}) lies before start ({self.start}); cuts go from start to end")
-        return self
-
-
-class TrainConfig(Section):
-    """How long, and with which optimizer."""
-
-    epochs: Count = 12
-    optimizer: OptimizerConfig = OptimizerConfig()
-
-
-class TeacherConfig(Section):
-    """A detector folder (`path`), or a detector to train first (`detector` and `train`); a given path wins."""
-
-    path: str | None = None
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    detector: DenseConfig | None = None
-    train: TrainConfig | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "TeacherConfig":
-        if self.path is None and (self.detector is None or self.train is None):
-            raise ValueError(
-                "give path, the folder of a trained detector, or both detector and train to train it first"
-            )
-        return self
-
-
-class Config(Section):
-    output_dir: str
-    overwrite: bool = False
-    seed: Seed = 0
-    data: DataConfig
-    student: DenseConfig
-    teacher: TeacherConfig | None = None
-    losses: dict[str, LossConfig] = {}
-    balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
-    pruning: PruningConfig | None = None
-    train: TrainConfig = TrainConfig()
-
-    @model_validator(mode="after")
-    def _agree(self) -> "Config":
-        if self.losses and self.teacher is None:
-            raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
-        if self.pruning and self.pruning.end >= self.train.epochs:
-            raise ValueError(
-                f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, counted from 0, "
-                f"so nothing would be left to recover in; lower pruning.end or raise train.epochs"
-            )
-        return self
+TERM_CONFIGS = [model for models in LOSSES.values() for model in models]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -286,7 +93,9 @@ def explain(error: ValidationError) -> str:
         hint = f"; did you mean {near[0].rstrip(',')}?" if near else ""
         return f"{key}: {value!r} is not allowed; choose {found['ctx']['expected']}{hint}{more}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        options = found["ctx"].get("expected_tags") or ", ".join(repr(tag) for model in LOSSES for tag in _tags(model))
+        options = found["ctx"].get("expected_tags") or ", ".join(
+            repr(tag) for model in TERM_CONFIGS for tag in _tags(model)
+        )
         if not isinstance(value, dict):
             return f"{key}: found {value!r}; a section with name: {options} is needed{more}"
         if "name" not in value:
@@ -307,7 +116,7 @@ def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
     """The user's own key path, without pydantic's union tags, and the keys allowed where the last one stands."""
     names, allowed, model = [], list(Config.model_fields), Config
     for part in path:
-        tagged = [m for m in LOSSES if names[:1] == ["losses"] and part in _tags(m)]
+        tagged = [m for m in TERM_CONFIGS if names[:1] == ["losses"] and part in _tags(m)]
         if len(names) == 2 and tagged:
             model = tagged[0]
         else:
@@ -316,9 +125,6 @@ def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
             allowed = list(model.model_fields) if model else allowed
             model = _section_of(field.annotation) if field else None
     return names, allowed
-
-
-LOSSES = (SoftLabelConfig, BoxMimicConfig, FeatureMimicConfig, FPNAttentionConfig)
 
 
 def _tags(model: type[Section]) -> tuple[str, ...]:

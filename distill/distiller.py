@@ -36,11 +36,13 @@ class Distiller(nn.Module):
             targets: see `Detector.loss`.
             teacher_output: the teacher's output for the same images; not needed where there are no terms.
         """
-        output = self.student(images)
+        output, image_size = self.student(images), tuple(images.shape[-2:])
         task = sum(self.student.loss(output, targets).values())
         terms = {
             # a term that counts nothing is not computed, but its adapters stay in the graph, so that ranks stay in step
-            name: term(output, teacher_output) if self.combiner.weight(name) else sum_of_nothing(term, task)
+            name: term(output, teacher_output, targets, image_size)
+            if self.combiner.weight(name)
+            else sum_of_nothing(term, task)
             for name, term in self.terms.items()
         }
         return self.combiner(task, terms, output.features)
@@ -48,7 +50,7 @@ class Distiller(nn.Module):
     def traced_outputs(self, images: Tensor) -> list[Tensor]:
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""
         output = self.student(images)
-        adapted = [x for term in self.terms.values() for x in term.adapt(output.features)]
+        adapted = [x for term in self.terms.values() for x in term.traced(output.features)]
         return [level for levels in output for level in levels] + adapted
 
     @property

@@ -6,12 +6,12 @@ import torch
 from accelerate import Accelerator
 
 from distill.build import Data
-from distill.config import Config
 from distill.distiller import Distiller
 from distill.evaluation import EvaluationResult
 from distill.measure import count_macs, count_parameters
 from distill.pruning.pruner import Pruner
 from distill.report import human_ap, human_count, human_macs, human_share
+from distill.schema import Config
 from students import Detector
 
 

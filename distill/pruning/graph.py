@@ -69,6 +69,8 @@ def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGro
     for group in graph.get_all_groups(ignored_layers=list(traced.output_layers)):
         if any(_is_indivisible(item.dep.target.module) for item in group):
             continue
+        if not any(names.get(item.dep.target.module, "").startswith("student.") for item in group):
+            continue  # inner widths of a term: they are not deployed, so nothing is won by cutting them
         root = group[0].dep.target.module
         members = []
         for item in group:

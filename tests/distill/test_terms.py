@@ -5,16 +5,26 @@ import torch
 
 from distill.combiner import Combiner
 from distill.distiller import Distiller
-from distill.terms import BoxMimicTerm, FeatureMimicTerm, FPNAttentionTerm, SoftLabelTerm, match_levels
-from losses import attention_transfer, dense_sigmoid, plain_mimic
+from distill.measure import count_macs
+from distill.pruning.pruner import Pruner, cut_everywhere
+from distill.terms import (
+    TERMS,
+    AttentionTransferTerm,
+    BoxMimicTerm,
+    DenseSigmoidTerm,
+    PKDTerm,
+    PlainMimicTerm,
+    match_levels,
+)
+from losses import attention_transfer, dense_sigmoid, fuse_levels, plain_mimic
 from students import DenseOutput
 
 
 def all_terms(student, teacher):
     return {
-        "soft_label": SoftLabelTerm(student, teacher),
-        "feature_mimic": FeatureMimicTerm(student, teacher),
-        "fpn_attention": FPNAttentionTerm(student, teacher),
+        "soft_label": DenseSigmoidTerm(student, teacher),
+        "feature_mimic": PKDTerm(student, teacher),
+        "fpn_attention": AttentionTransferTerm(student, teacher),
         "box": BoxMimicTerm(student, teacher),
     }
 
@@ -42,21 +52,22 @@ def test_each_term_is_its_loss_over_the_common_levels(build_tiny, images):
     student = build_tiny(levels=(3, 4, 5)).eval()
     teacher = build_tiny(seed=1, levels=(2, 3, 4), channels=24).eval()
     ours, theirs = student(images), teacher(images)
-    soft = SoftLabelTerm(student, teacher, beta=2.0)
-    mimic = FeatureMimicTerm(student, teacher, plain_mimic)
-    attention = FPNAttentionTerm(student, teacher)
+    soft = DenseSigmoidTerm(student, teacher, beta=2.0)
+    mimic = PlainMimicTerm(student, teacher)
+    attention = AttentionTransferTerm(student, teacher)
     pairs = [(0, 1), (1, 2)]
     assert torch.equal(
-        soft(ours, theirs),
+        soft(ours, theirs, [], (64, 64)),
         dense_sigmoid([ours.class_logits[i] for i, _ in pairs], [theirs.class_logits[j] for _, j in pairs], 2.0),
     )
     assert list(mimic.adapters) == ["P3", "P4"]
     adapted = [adapter(ours.features[i]) for adapter, (i, _) in zip(mimic.adapters.values(), pairs)]
     assert [x.shape[1] for x in adapted] == [24, 24]
     wanted = sum(plain_mimic(x, theirs.features[j]) for x, (_, j) in zip(adapted, pairs))
-    assert torch.equal(mimic(ours, theirs), wanted)
+    assert torch.equal(mimic(ours, theirs, [], (64, 64)), wanted)
     assert torch.equal(
-        attention(ours, theirs), sum(attention_transfer(ours.features[i], theirs.features[j]) for i, j in pairs)
+        attention(ours, theirs, [], (64, 64)),
+        sum(attention_transfer(ours.features[i], theirs.features[j]) for i, j in pairs),
     )
 
 
@@ -68,10 +79,10 @@ def test_boxes_count_by_the_teachers_score(build_tiny):
     theirs = DenseOutput((), maps([0.0, -9], [-9, math.log(4)]), maps([1.0, 1, 1, 1], [1.0, 1, 1, 1]))
     # the first boxes agree; the second are (-2, -1, 1, 1) and (-1, -1, 1, 1), areas 6 and 4: GIoU = IoU = 2/3
     term = BoxMimicTerm(student, student)
-    torch.testing.assert_close(term(ours, theirs), torch.tensor(0.8 * (1 / 3) / 1.3))
+    torch.testing.assert_close(term(ours, theirs, [], (64, 64)), torch.tensor(0.8 * (1 / 3) / 1.3))
     # smooth-L1 of one coordinate that is off by 1: 0.5, over four coordinates
-    term = BoxMimicTerm(student, student, "smooth_l1")
-    torch.testing.assert_close(term(ours, theirs), torch.tensor(0.8 * (0.5 / 4) / 1.3))
+    term = BoxMimicTerm(student, student, kind="smooth_l1")
+    torch.testing.assert_close(term(ours, theirs, [], (64, 64)), torch.tensor(0.8 * (0.5 / 4) / 1.3))
 
 
 def test_weights_enter_the_sum_and_each_part_is_given(pair, images, targets):
@@ -82,7 +93,10 @@ def test_weights_enter_the_sum_and_each_part_is_given(pair, images, targets):
     output = student(images)
     wanted = {
         "task": sum(student.loss(output, targets).values()),
-        **{name: w * unit.terms[name](output, taught) for name, w in zip(unit.terms, (1.0, 2.0, 100.0, 4.0))},
+        **{
+            name: w * unit.terms[name](output, taught, targets, (64, 64))
+            for name, w in zip(unit.terms, (1.0, 2.0, 100.0, 4.0))
+        },
     }
     assert list(parts) == ["task", "soft_label", "feature_mimic", "fpn_attention", "box"]
     for name, value in parts.items():
@@ -113,7 +127,7 @@ def test_a_term_moves_the_student(pair, images, targets, build_tiny):
     student, teacher = pair
     plain = build_tiny()
     Distiller(plain)(images, targets)[0].backward()
-    taught = Distiller(student, {"soft_label": SoftLabelTerm(student, teacher)})
+    taught = Distiller(student, {"soft_label": DenseSigmoidTerm(student, teacher)})
     taught(images, targets, teacher(images))[0].backward()
     assert not torch.equal(student.head.class_logits.weight.grad, plain.head.class_logits.weight.grad)
 
@@ -121,9 +135,9 @@ def test_a_term_moves_the_student(pair, images, targets, build_tiny):
 def test_a_student_is_at_zero_distance_from_itself(build_tiny, images):
     student = build_tiny().eval()
     output = student(images)
-    assert FPNAttentionTerm(student, student)(output, output) == 0
-    assert SoftLabelTerm(student, student)(output, output) == 0
-    assert BoxMimicTerm(student, student)(output, output).item() == pytest.approx(0, abs=1e-6)
+    assert AttentionTransferTerm(student, student)(output, output, [], (64, 64)) == 0
+    assert DenseSigmoidTerm(student, student)(output, output, [], (64, 64)) == 0
+    assert BoxMimicTerm(student, student)(output, output, [], (64, 64)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_what_is_traced_and_what_keeps_its_width(pair, images):
@@ -138,6 +152,79 @@ def test_what_is_traced_and_what_keeps_its_width(pair, images):
 
 
 def test_adapters_are_named_after_their_levels(build_tiny):
-    term = FeatureMimicTerm(build_tiny(levels=(5, 6)), build_tiny(levels=(4, 5, 6)))
+    term = PKDTerm(build_tiny(levels=(5, 6)), build_tiny(levels=(4, 5, 6)))
     assert list(term.adapters) == ["P5", "P6"]
     assert [int(name[1:]) for name in term.adapters] == [int(math.log2(s)) for s in (32, 64)]
+
+
+@pytest.fixture(params=sorted(TERMS))
+def any_term(request, pair):
+    """Each term there is, between a student and a wider teacher."""
+    torch.manual_seed(2)
+    return TERMS[request.param](*pair)
+
+
+def test_every_term_reaches_the_student_and_not_the_teacher(any_term, pair, images, targets):
+    student, teacher = pair
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    taught = teacher(images)
+    output = student(images)
+    loss = any_term.train()(output, taught, targets, (64, 64))
+    assert loss.dtype == torch.float32 and loss.dim() == 0 and loss.isfinite()
+    gradients = torch.autograd.grad(loss, output.features, allow_unused=True, retain_graph=True)
+    assert sum(g.abs().sum() for g in gradients if g is not None) > 0
+    loss.backward()
+    assert [name for name, p in any_term.named_parameters() if p.grad is None] == []
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in teacher.named_buffers())
+
+
+def test_every_term_bears_a_batch_without_objects(any_term, pair, images):
+    student, teacher = pair
+    nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}] * 2
+    loss = any_term(student(images), teacher(images), nothing, (64, 64))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", sorted(TERMS))
+def test_every_term_takes_a_choice_of_levels(pair, images, targets, name):
+    student, teacher = pair
+    term = TERMS[name](student, teacher, levels=["P4"])
+    assert term.level_names == ["P4"] and term.pairs == [(1, 1)]
+    output = student(images)
+    term(output, teacher(images), targets, (64, 64)).backward()
+    with pytest.raises(ValueError, match="levels: P8 does not exist; student and teacher have P3, P4, P5 in common"):
+        TERMS[name](student, teacher, levels=["P4", "P8"])
+
+
+@pytest.mark.parametrize("name", sorted(TERMS))
+def test_every_term_follows_a_cut(build_tiny, images, targets, name):
+    student = build_tiny(channels=32)
+    teacher = build_tiny(seed=1, channels=24).eval().requires_grad_(False)
+    taught = teacher(images)
+    unit = Distiller(student, {"term": TERMS[name](student, teacher)})
+    optimizer = torch.optim.AdamW(unit.parameters())
+    unit(images, targets, taught)[0].backward()
+    optimizer.step()
+    pruner = Pruner(count_macs(student, (64, 64)), (64, 64), target=0.5, start=0, end=0)
+    cut_everywhere(pruner.plan(unit, 0), unit, None, optimizer)
+    assert set(student.feature_channels) == {16} or max(student.feature_channels) < 32
+    unit(images, targets, taught)[0].backward()
+    optimizer.step()
+    assert [n for n, p in unit.named_parameters() if p.grad is None or p.grad.shape != p.shape] == []
+
+
+def test_fused_attention_compares_one_map(pair, images):
+    student, teacher = pair
+    ours, theirs = student(images), teacher(images)
+    fused = AttentionTransferTerm(student, teacher, match="fused")(ours, theirs, [], (64, 64))
+    wanted = attention_transfer(fuse_levels(ours.features), fuse_levels(theirs.features))
+    assert torch.equal(fused, wanted)
+
+
+def test_maps_of_unlike_sizes_are_brought_together(build_tiny, images):
+    student, teacher = build_tiny(), build_tiny(seed=1).eval()
+    finer = teacher(torch.nn.functional.interpolate(images, scale_factor=2.0))
+    assert PlainMimicTerm(student, teacher)(student(images), finer, [], (64, 64)).isfinite()

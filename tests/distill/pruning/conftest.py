@@ -4,7 +4,7 @@ import torch
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.optimization import build_optimizer
-from distill.terms import FeatureMimicTerm
+from distill.terms import PlainMimicTerm
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def build_unit(build_tiny):
         student = build_tiny(**changes)
         levels = changes.get("levels", (3, 4, 5))
         teacher = build_tiny(seed=1, channels=24, levels=levels)
-        return Distiller(student, {"feature_mimic": FeatureMimicTerm(student, teacher)})
+        return Distiller(student, {"feature_mimic": PlainMimicTerm(student, teacher)})
 
     return build
 

@@ -1,0 +1,246 @@
+"""Every setting of a run, checked by pydantic."""
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DenseConfig(Section):
+    """Settings of `students.dense.DenseDetector`."""
+
+    name: Literal["dense"] = "dense"
+    backbone: str
+    weights: str = "none"
+    neck: Literal["fpn", "pan"] = "fpn"
+    channels: Count = 96
+    levels: list[int] = [3, 4, 5]
+    head_depth: Count = 2
+
+
+class AugmentConfig(Section):
+    """Training-time augmentation; probabilities are per image, strengths are those of albumentations' ColorJitter."""
+
+    horizontal_flip: Share = 0.5
+    vertical_flip: Share = 0.0
+    crop: Share = 0.0
+    crop_scale: tuple[Share, Share] = (0.5, 1.0)
+    zoom_out: Share = 0.0
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    hue: Share = 0.0
+
+
+class SyntheticConfig(Section):
+    """Drawn scenes, written to `data.root` on first use."""
+
+    train: Count = 400
+    val: Count = 100
+    size: Annotated[int, Field(ge=42)] = 160
+    seed: Seed = 0
+
+
+class DataConfig(Section):
+    root: str
+    train: str = "train"
+    val: str = "val"
+    test: str | None = None
+    image_size: tuple[Count, Count]
+    resize: Literal["letterbox", "stretch"] = "letterbox"
+    classes: list[str] | None = None
+    class_map: dict[str, str | None] = {}
+    unreadable: Literal["error", "skip"] = "error"
+    batch_size: Count = 8
+    workers: Annotated[int, Field(ge=0)] = 2
+    augment: AugmentConfig = AugmentConfig()
+    synthetic: SyntheticConfig | None = None
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) != 2:
+            raise ValueError(f"found {value}; give [height, width] in pixels, or one number for a square")
+        return (value, value) if isinstance(value, int) else value
+
+
+class OptimizerConfig(Section):
+    """AdamW, with a linear warm-up and a cosine down to `final` of the rate; a short warm-up again after each cut."""
+
+    lr: Positive = 1e-3
+    backbone_lr: Positive = 1.0  # as a share of lr
+    weight_decay: NotNegative = 0.05
+    warmup_epochs: NotNegative = 1.0
+    final: Share = 0.02
+    clip_norm: Positive | None = 10.0
+    ema: Share = 0.998  # decay of the averaged copy that is evaluated and kept; 0 keeps the last weights
+
+
+class ScheduleConfig(Section):
+    """Settings of `distill.combiner.WeightSchedule`."""
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    final: Share = 0.0
+    warmup_epochs: NotNegative = 0.0
+    stop_epoch: Annotated[int, Field(ge=0)] | None = None
+
+
+class TermConfig(Section):
+    """What every knowledge term has; the other settings of each are those of its class in `distill.terms`."""
+
+    weight: NotNegative = 1.0  # with balance: gradient, the share of the task's gradient
+    schedule: ScheduleConfig = ScheduleConfig()
+    levels: list[str] | None = None  # such as [P3, P4]; all that student and teacher share if null
+
+
+class DenseSigmoidConfig(TermConfig):
+    name: Literal["dense_sigmoid"]
+    beta: NotNegative = 1.0
+    temperature: Positive = 1.0
+
+
+class BoxMimicConfig(TermConfig):
+    name: Literal["box_mimic"]
+    kind: Literal["giou", "smooth_l1"] = "giou"
+
+
+class FeatureTermConfig(TermConfig):
+    """A term over maps behind an adapter each."""
+
+    kernel: Literal[1, 3] = 1  # of the adapter
+
+
+class MimicConfig(FeatureTermConfig):
+    name: Literal["plain_mimic", "pkd", "score_weighted_mimic", "masked_mimic"]
+
+
+class CWDConfig(FeatureTermConfig):
+    name: Literal["cwd"]
+    temperature: Positive = 1.0
+
+
+class MGDConfig(FeatureTermConfig):
+    name: Literal["mgd"]
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.65
+
+
+class FGDConfig(FeatureTermConfig):
+    """The defaults are the authors' for anchor-free one-stage detectors."""
+
+    name: Literal["fgd"]
+    alpha: NotNegative = 1.6e-3
+    beta: NotNegative = 8e-4
+    gamma: NotNegative = 8e-4
+    lambda_: NotNegative = 8e-6
+    temperature: Positive = 0.8
+
+
+class AttentionTransferConfig(TermConfig):
+    name: Literal["attention_transfer"]
+    match: Literal["levels", "fused"] = "levels"
+
+
+class FGDAttentionConfig(FeatureTermConfig):
+    name: Literal["fgd_attention"]
+    temperature: Positive = 0.5
+
+
+class AttentionGuidedConfig(TermConfig):
+    """The defaults are the authors' for two-stage detectors."""
+
+    name: Literal["attention_guided"]
+    mask_weight: NotNegative = 7e-5
+    pooled_weight: NotNegative = 4e-3
+    relation_weight: NotNegative = 7e-5
+    temperature: Positive = 0.5
+
+
+# by the family that they belong to
+LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
+    "soft labels": (DenseSigmoidConfig, BoxMimicConfig),
+    "feature mimic": (MimicConfig, CWDConfig, MGDConfig, FGDConfig),
+    "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
+}
+LossConfig = Annotated[
+    Union[tuple(model for models in LOSSES.values() for model in models)],  # noqa: UP007
+    Field(discriminator="name"),
+]
+
+
+class PruningConfig(Section):
+    """Channels are cut at the start of the epochs `start` to `end`, `every` so many, on a cubic schedule."""
+
+    target: Annotated[float, Field(gt=0, lt=1)]  # MACs left at the end, as a share of the uncut student's
+    start: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(ge=0)]
+    every: Count = 1
+    importance: Literal["group_l1", "taylor"] = "group_l1"
+    ranking: Literal["uniform", "global"] = "uniform"  # the same share of every group, or the weakest channels anywhere
+    per_macs: bool = False  # with global ranking: the weakest for what they cost
+    floor: Share = 0.0  # what every group keeps of its width
+    round_to: Count = 8
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    evaluate: bool = False  # AP right after each cut, before any training
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PruningConfig":
+        if self.end < self.start:
+            raise ValueError(f"end ({self.end}) lies before start ({self.start}); cuts go from start to end")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, and with which optimizer."""
+
+    epochs: Count = 12
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class TeacherConfig(Section):
+    """A detector folder (`path`), or a detector to train first (`detector` and `train`); a given path wins."""
+
+    path: str | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    detector: DenseConfig | None = None
+    train: TrainConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TeacherConfig":
+        if self.path is None and (self.detector is None or self.train is None):
+            raise ValueError(
+                "give path, the folder of a trained detector, or both detector and train to train it first"
+            )
+        return self
+
+
+class Config(Section):
+    output_dir: str
+    overwrite: bool = False
+    seed: Seed = 0
+    data: DataConfig
+    student: DenseConfig
+    teacher: TeacherConfig | None = None
+    losses: dict[str, LossConfig] = {}
+    balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
+    pruning: PruningConfig | None = None
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        if self.losses and self.teacher is None:
+            raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
+        if self.pruning and self.pruning.end >= self.train.epochs:
+            raise ValueError(
+                f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, counted from 0, "
+                f"so nothing would be left to recover in; lower pruning.end or raise train.epochs"
+            )
+        return self

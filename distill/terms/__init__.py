@@ -1,0 +1,50 @@
+"""Knowledge terms: what a run's `losses` section is made of, one class a loss."""
+
+from distill.terms.base import FeatureTerm, KnowledgeTerm, level_name, match_levels
+from distill.terms.feature_mimic import (
+    CWDTerm,
+    FGDTerm,
+    MaskedMimicTerm,
+    MGDTerm,
+    PKDTerm,
+    PlainMimicTerm,
+    ScoreWeightedMimicTerm,
+)
+from distill.terms.fpn_attention import AttentionGuidedTerm, AttentionTransferTerm, FGDAttentionTerm
+from distill.terms.soft_label import BoxMimicTerm, DenseSigmoidTerm
+
+__all__ = [
+    "TERMS",
+    "AttentionGuidedTerm",
+    "AttentionTransferTerm",
+    "BoxMimicTerm",
+    "CWDTerm",
+    "DenseSigmoidTerm",
+    "FGDAttentionTerm",
+    "FGDTerm",
+    "FeatureTerm",
+    "KnowledgeTerm",
+    "MGDTerm",
+    "MaskedMimicTerm",
+    "PKDTerm",
+    "PlainMimicTerm",
+    "ScoreWeightedMimicTerm",
+    "level_name",
+    "match_levels",
+]
+
+# by the name that a config gives them
+TERMS: dict[str, type[KnowledgeTerm]] = {
+    "dense_sigmoid": DenseSigmoidTerm,
+    "box_mimic": BoxMimicTerm,
+    "plain_mimic": PlainMimicTerm,
+    "pkd": PKDTerm,
+    "score_weighted_mimic": ScoreWeightedMimicTerm,
+    "masked_mimic": MaskedMimicTerm,
+    "cwd": CWDTerm,
+    "mgd": MGDTerm,
+    "fgd": FGDTerm,
+    "attention_transfer": AttentionTransferTerm,
+    "fgd_attention": FGDAttentionTerm,
+    "attention_guided": AttentionGuidedTerm,
+}

@@ -1,0 +1,144 @@
+"""What every knowledge term is: two detectors' tensors brought together, level by level, and handed to one loss."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from students import DenseOutput, Detector
+
+Targets = Sequence[dict[str, Tensor]]
+
+
+def level_name(stride: int) -> str:
+    """P3 for a stride of 8."""
+    return f"P{int(math.log2(stride))}"
+
+
+def match_levels(
+    student_strides: tuple[int, ...], teacher_strides: tuple[int, ...], levels: Sequence[str] | None = None
+) -> list[tuple[int, int]]:
+    """Pairs (student level, teacher level) of equal stride, fine to coarse.
+
+    Args:
+        student_strides: pixels, fine to coarse.
+        teacher_strides: likewise.
+        levels: names of the student's levels to pair, such as P3; all that have a partner if None.
+
+    Raises:
+        ValueError: no stride in common, or a level that one of them does not have.
+    """
+    pairs = [(i, teacher_strides.index(s)) for i, s in enumerate(student_strides) if s in teacher_strides]
+    if not pairs:
+        raise ValueError(
+            f"levels: the student's levels (strides {list(student_strides)}) and the teacher's "
+            f"({list(teacher_strides)}) have none in common; change student.levels"
+        )
+    if levels is None:
+        return pairs
+    common = {level_name(student_strides[i]): (i, j) for i, j in pairs}
+    for level in levels:
+        if level not in common:
+            raise ValueError(f"levels: {level} does not exist; student and teacher have {', '.join(common)} in common")
+    return [pair for name, pair in common.items() if name in levels]
+
+
+class KnowledgeTerm(nn.Module, ABC):
+    """One loss between a student and a teacher; what it counts is the combiner's business.
+
+    Args:
+        student: read for its strides and widths; not kept.
+        teacher: likewise.
+        levels: names of the student's levels that take part; all that the teacher has too if None.
+
+    Attributes:
+        pairs: (student level, teacher level) of equal stride.
+        level_names: the pairs' names, such as P3.
+        needs_targets: whether it looks at the ground truth.
+    """
+
+    needs_targets = False
+
+    def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None):
+        super().__init__()
+        self.pairs = match_levels(student.strides, teacher.strides, levels)
+        self.level_names = [level_name(student.strides[i]) for i, _ in self.pairs]
+
+    @abstractmethod
+    def forward(
+        self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
+    ) -> Tensor:
+        """The unweighted loss, a float32 scalar.
+
+        Args:
+            student: what the student made of a batch.
+            teacher: what the teacher made of the same images.
+            targets: the batch's ground truth, see `Detector.loss`.
+            image_size: height and width of the batch, pixels.
+        """
+
+    def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the term's own layers make of the student's pyramid, for tracing; nothing if it has none."""
+        return []
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        """Layers whose outputs meet the teacher's, so that no pruner may narrow them."""
+        return ()
+
+
+class FeatureTerm(KnowledgeTerm):
+    """A term over pyramid maps, summed over the levels, each behind an adapter to the teacher's width.
+
+    Args:
+        student: see `KnowledgeTerm`.
+        teacher: likewise.
+        levels: likewise.
+        kernel: of the adapter, a convolution: 1 or 3.
+    """
+
+    def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None, kernel: int = 1):
+        super().__init__(student, teacher, levels)
+        self.adapters = nn.ModuleDict(
+            {
+                name: nn.Conv2d(student.feature_channels[i], teacher.feature_channels[j], kernel, padding=kernel // 2)
+                for name, (i, j) in zip(self.level_names, self.pairs)
+            }
+        )
+
+    def forward(
+        self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
+    ) -> Tensor:
+        adapted = self.traced(student.features)
+        return sum(
+            self.level_loss(name, x, resize_like(teacher.features[j], x), teacher.class_logits[j], targets, image_size)
+            for name, x, (_, j) in zip(self.level_names, adapted, self.pairs)
+        )
+
+    @abstractmethod
+    def level_loss(
+        self,
+        name: str,
+        student: Tensor,
+        teacher: Tensor,
+        teacher_logits: Tensor,
+        targets: Targets,
+        image_size: tuple[int, int],
+    ) -> Tensor:
+        """The loss of one level, of two maps (B, C, H, W) of the same shape; other arguments as in `forward`."""
+
+    def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        return [adapter(features[i]) for adapter, (i, _) in zip(self.adapters.values(), self.pairs)]
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return tuple(self.adapters.values())
+
+
+def resize_like(teacher: Tensor, student: Tensor) -> Tensor:
+    """The teacher's map (B, C, H, W) at the student's height and width; bilinear where they differ."""
+    if teacher.shape[2:] == student.shape[2:]:
+        return teacher
+    return F.interpolate(teacher.float(), student.shape[2:], mode="bilinear", align_corners=False)
