@@ -6,7 +6,6 @@ python train.py --resume runs/bccd
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -26,17 +25,18 @@ from distill.distributed import on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
+from distill.guards import check_losses, check_terms, check_unchanged, fingerprint
 from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.pruning.saliency import measure_saliency
-from distill.report import Report, StepProgress
+from distill.report import Report, StepProgress, human_count
 from distill.run_folder import RunFolder
 from distill.schema import Config
 from distill.summary import COLUMNS, banner_rows, describe, size, table_rows
 from students import Detector
-from teachers import Teacher
+from teachers import Teacher, inherit
 
 
 def main() -> int:
@@ -140,11 +140,16 @@ def fit(
     settings, image_size = config.train.optimizer, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
     teacher = Teacher(teacher_detector, accelerator.device, config.teacher.precision) if teacher_detector else None
+    resumes = any(run.checkpoints.glob("epoch_*.pt"))
+    if config.inherit and not resumes:
+        taken = inherit(student, teacher.detector, config.inherit)
+        parts = (f"{human_count(n)} of the {human_count(of)} values of its {part}" for part, (n, of) in taken.items())
+        report.say(f"the student inherits {' and '.join(parts)}")
     optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
     ema = EMA(student, settings.ema) if settings.ema else None
     kept = ema.module if ema else student  # the weights that are evaluated and saved
     progress = Progress(uncut_macs=count_macs(student, image_size))
-    if any(run.checkpoints.glob("epoch_*.pt")):
+    if resumes:
         progress = load_checkpoint(run.checkpoints, unit, ema, optimizer, accelerator)
         report.say(f"resumed: {progress.epoch} of {config.train.epochs} epochs are done")
     if accelerator.is_main_process:
@@ -154,6 +159,8 @@ def fit(
     evaluate_val = evaluation(data.val, accelerator)
     evaluate_test = evaluation(data.test, accelerator) if data.test is not data.val else evaluate_val
     teacher_ap = evaluate_val(teacher.detector).ap if teacher else None
+
+    untouched = fingerprint(teacher.detector) if teacher else ""
 
     seconds: list[float] = []
     unreadable: set[str] = set()
@@ -197,11 +204,20 @@ def fit(
             unit.combiner.step = epoch * len(loader) + step
             unit.combiner.epoch = epoch + step / len(loader)
 
+        if unit.terms and epoch % config.guards.every == 0:
+            enter_step(0)
+            batch = next(calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device, 1))
+            check_terms(unit, teacher, batch, config.guards.dominates)
+            check_unchanged(teacher, untouched)
+
         set_epoch(loader, epoch)
         with report.progress(len(loader), f"epoch {epoch + 1}/{config.train.epochs}") as bar:
             losses = train_epoch(
                 trained, unit, teacher, loader, stepper, ema, enter_step, bar, unreadable, accelerator, config
             )
+        if unit.skipped:
+            times = ", ".join(f"{name} {count} times" for name, count in unit.skipped.items())
+            report.warn(f"losses that were no numbers and were left out so far: {times}")
         if unreadable - reported:
             report.warn(f"{len(unreadable)} images could not be read and were skipped: {', '.join(sorted(unreadable))}")
             reported |= unreadable
@@ -269,19 +285,15 @@ def train_epoch(
             ema.update(unit.student)
         steps += 1
         sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
-        # reading a loss makes a GPU wait, so the bar gets them only now and then
+        # reading a loss makes a GPU wait, so that is done only now and then
         bar.advance({name: float(value) for name, value in parts.items()} if step % 10 == 0 else None)
+        if step % 10 == 0:
+            check_losses(unit)
+    check_losses(unit)
     if not steps:
         raise UserError(f"{config.data.root}: not one training image could be read; mend the files")
     reduced = accelerator.reduce(torch.stack(list(sums.values())) / steps, "mean").tolist()
-    means = dict(zip(sums, reduced))
-    bad = [name for name, mean in means.items() if not math.isfinite(mean)]
-    if bad:
-        raise UserError(
-            f"losses: {', '.join(bad)} became {means[bad[0]]}; lower train.optimizer.lr or that loss's weight, "
-            "and start anew"
-        )
-    return means
+    return dict(zip(sums, reduced))
 
 
 def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detector], EvaluationResult]:

@@ -16,6 +16,7 @@ from distill.pruning.pruner import Pruner
 from distill.schema import Config, DataConfig, DenseConfig, TermConfig
 from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
+from teachers import inherit
 
 
 @dataclass
@@ -143,6 +144,11 @@ def load_teacher(path: str, class_names: list[str]) -> Detector:
 def build_unit(config: Config, class_names: list[str], teacher: Detector | None) -> Distiller:
     """The student and its knowledge terms, untrained."""
     student = build_detector(config.student, class_names, "student")
+    if config.inherit:
+        try:
+            inherit(student, teacher, config.inherit)  # once more when the teacher is trained; here to see that it fits
+        except ValueError as error:
+            raise UserError(str(error)) from None
     terms = {name: build_term(loss, student, teacher, name) for name, loss in config.losses.items()}
     combiner = Combiner(
         {name: loss.weight for name, loss in config.losses.items()},
@@ -150,7 +156,7 @@ def build_unit(config: Config, class_names: list[str], teacher: Detector | None)
         config.train.epochs,
         config.balance,
     )
-    return Distiller(student, terms, combiner)
+    return Distiller(student, terms, combiner, skip_bad=config.guards.bad_term == "skip")
 
 
 def build_term(config: TermConfig, student: Detector, teacher: Detector, name: str) -> KnowledgeTerm:

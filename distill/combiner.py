@@ -71,6 +71,7 @@ class Combiner(nn.Module):
         self.epochs = epochs
         self.balance = balance
         self.step, self.epoch = 0, 0.0
+        self._bad: Tensor | None = None
         if balance == "gradient":
             # the task's first; a buffer, so that a resumed run goes on with the same averages
             self.register_buffer("gradient_norms", torch.zeros(1 + len(weights)))
@@ -98,21 +99,41 @@ class Combiner(nn.Module):
             factors = [torch.where(norm > 0, task_norm / norm, 0.0) for norm in norms]
             weighted = {name: factor * value for factor, (name, value) in zip(factors, weighted.items())}
         total = sum(weighted.values(), task)
-        return total, {name: value.detach() for name, value in {"task": task, **weighted}.items()}
+        parts = {name: value.detach() for name, value in {"task": task, **weighted}.items()}
+        bad = ~torch.isfinite(torch.stack(list(parts.values())))
+        self._bad = bad if self._bad is None else torch.where(self._bad.any(), self._bad, bad)
+        return total, parts
+
+    def bad_losses(self) -> list[str]:
+        """The losses that were no numbers in the first step that had any; once asked, all is forgotten.
+
+        A NaN spreads to everything within a step, so only the first step tells where it came from. It is kept on the
+        device, and a GPU is made to wait only when someone asks.
+        """
+        bad, self._bad = self._bad, None
+        return [] if bad is None else [name for name, flag in zip(["task", *self.weights], bad.tolist()) if flag]
+
+    def share(self, name: str, task_norm: float, norm: float) -> float:
+        """How long a term's gradient is, as weighted at present, against the task's of length `task_norm`."""
+        return self.weight(name) * (1.0 if self.balance == "gradient" else norm / task_norm)
 
     def _measure(self, losses: list[Tensor], features: tuple[Tensor, ...]) -> None:
         """Brings the running averages forward by the gradients of one batch."""
-        # float16 gradients would underflow unscaled; the same scale for all leaves their ratios as they are
-        scale = 2.0**12 if any(feature.dtype is torch.float16 for feature in features) else 1.0
-        norms = []
-        for loss in losses:
-            grads = [None] * len(features)
-            if loss.requires_grad:
-                grads = torch.autograd.grad(loss * scale, features, retain_graph=True, allow_unused=True)
-            squares = [grad.float().square().sum() for grad in grads if grad is not None]
-            norms.append(sum(squares, losses[0].new_zeros(())).sqrt())
-        new = average_across_ranks(torch.stack(norms))
-        old = self.gradient_norms
+        new, old = average_across_ranks(gradient_norms(losses, features)), self.gradient_norms
         # where nothing was seen before there is nothing to average with; where nothing is seen now, the old one stays
         average = torch.where(old > 0, old.lerp(new, 1 - self.MOMENTUM), new)
         self.gradient_norms.copy_(torch.where(new > 0, average, old))
+
+
+def gradient_norms(losses: list[Tensor], features: tuple[Tensor, ...]) -> Tensor:
+    """(L,) the L2 norm, over all levels together, of each loss's gradient at the features; the graph stays."""
+    # float16 gradients would underflow unscaled
+    scale = 2.0**12 if any(feature.dtype is torch.float16 for feature in features) else 1.0
+    norms = []
+    for loss in losses:
+        gradients = [None] * len(features)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss * scale, features, retain_graph=True, allow_unused=True)
+        squares = [(gradient.float() / scale).square().sum() for gradient in gradients if gradient is not None]
+        norms.append(sum(squares, losses[0].new_zeros(())).sqrt())
+    return torch.stack(norms)

@@ -1,5 +1,7 @@
 """The unit of training: a student, the adapters that its teacher needs, and the sum of all their losses."""
 
+from collections import Counter
+
 from torch import Tensor, nn
 
 from distill.combiner import Combiner
@@ -16,15 +18,25 @@ class Distiller(nn.Module):
         student: the detector that learns.
         terms: knowledge terms by the name they are logged under; none trains the student plainly.
         combiner: what they count; each 1 where left out.
+        skip_bad: leave a term out of a step where it is no number, which a GPU has to wait for.
+
+    Attributes:
+        skipped: how often each term was left out so.
     """
 
     def __init__(
-        self, student: Detector, terms: dict[str, KnowledgeTerm] | None = None, combiner: Combiner | None = None
+        self,
+        student: Detector,
+        terms: dict[str, KnowledgeTerm] | None = None,
+        combiner: Combiner | None = None,
+        skip_bad: bool = False,
     ):
         super().__init__()
         self.student = student
         self.terms = nn.ModuleDict(terms or {})
         self.combiner = combiner or Combiner(dict.fromkeys(self.terms, 1.0))
+        self.skip_bad = skip_bad
+        self.skipped: Counter[str] = Counter()
 
     def forward(
         self, images: Tensor, targets: list[dict[str, Tensor]], teacher_output: DenseOutput | None = None
@@ -36,16 +48,23 @@ class Distiller(nn.Module):
             targets: see `Detector.loss`.
             teacher_output: the teacher's output for the same images; not needed where there are no terms.
         """
+        return self.combiner(*self.losses(images, targets, teacher_output))
+
+    def losses(
+        self, images: Tensor, targets: list[dict[str, Tensor]], teacher_output: DenseOutput | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
+        """The task's loss, each term's, unweighted, and the pyramid they come from; arguments as in `forward`."""
         output, image_size = self.student(images), tuple(images.shape[-2:])
         task = sum(self.student.loss(output, targets).values())
-        terms = {
-            # a term that counts nothing is not computed, but its adapters stay in the graph, so that ranks stay in step
-            name: term(output, teacher_output, targets, image_size)
-            if self.combiner.weight(name)
-            else sum_of_nothing(term, task)
-            for name, term in self.terms.items()
-        }
-        return self.combiner(task, terms, output.features)
+        terms = {}
+        for name, term in self.terms.items():
+            value = term(output, teacher_output, targets, image_size) if self.combiner.weight(name) else None
+            if value is not None and self.skip_bad and not value.isfinite():
+                self.skipped[name] += 1
+                value = None
+            # what counts nothing keeps its adapters in the graph, so that ranks stay in step
+            terms[name] = sum_of_nothing(term, task) if value is None else value
+        return task, terms, output.features
 
     def traced_outputs(self, images: Tensor) -> list[Tensor]:
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""

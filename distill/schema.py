@@ -198,6 +198,14 @@ class PruningConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    """What is watched while a teacher teaches; see `distill.guards`."""
+
+    every: Count = 5  # epochs between looks at the terms' gradients and at the teacher, the first one at the start
+    dominates: Positive = 100.0  # how many times the task's gradient a term's may be
+    bad_term: Literal["stop", "skip"] = "stop"  # where a term is no number
+
+
 class TrainConfig(Section):
     """How long, and with which optimizer."""
 
@@ -229,8 +237,10 @@ class Config(Section):
     data: DataConfig
     student: DenseConfig
     teacher: TeacherConfig | None = None
+    inherit: list[str] = []  # parts that the student starts with from the teacher, such as [neck, head]
     losses: dict[str, LossConfig] = {}
     balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
+    guards: GuardConfig = GuardConfig()
     pruning: PruningConfig | None = None
     train: TrainConfig = TrainConfig()
 
@@ -238,6 +248,8 @@ class Config(Section):
     def _agree(self) -> "Config":
         if self.losses and self.teacher is None:
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
+        if self.inherit and self.teacher is None:
+            raise ValueError("inherit is given but no teacher; add a teacher section, or remove inherit")
         if self.pruning and self.pruning.end >= self.train.epochs:
             raise ValueError(
                 f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, counted from 0, "

@@ -209,7 +209,13 @@ def test_dry_run_builds_everything_and_writes_nothing(run, tmp_path):
     status, out, err = run("--dry-run")
     assert status == 0 and err == ""
     assert "dry run: everything was built and fits together; nothing was trained, no run folder written" in out
-    for part in ("8 train, 4 val", "8 classes; 64x64 px", "test_resnet: ", "pkd x 2", "to 60% of the MACs, 2 cuts"):
+    for part in (
+        "8 train, 4 val",
+        "8 classes; 64x64 px",
+        "test_resnet: ",
+        "pkd x 0.5 of the task's gradient",
+        "to 60% of the MACs, 2 cuts",
+    ):
         assert part in out, part
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
 

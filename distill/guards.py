@@ -1,0 +1,78 @@
+"""Checks that name what otherwise fails in silence: a loss that teaches nothing, one that drowns the rest, a teacher
+that changes."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from distill.combiner import gradient_norms
+from distill.data import Batch
+from distill.distiller import Distiller
+from distill.errors import UserError
+from distill.measure import eval_mode
+from teachers import Teacher
+
+
+def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: float) -> None:
+    """Looks at each knowledge term's gradient at the student's pyramid, as it is weighted at present.
+
+    Nothing changes: the unit is in eval mode meanwhile, and the random generator is put back. Every rank must be given
+    the same batch. Terms that count nothing at present are passed over.
+
+    Args:
+        unit: the student with its terms.
+        teacher: its teacher.
+        batch: of training images, best with objects.
+        dominates: how many times the task's gradient norm a term's may be.
+
+    Raises:
+        UserError: a term that has no gradient, or one that dominates; or the teacher has been given gradients.
+    """
+    device = batch.images.device
+    devices = [] if device.type == "cpu" else [device]
+    with eval_mode(unit), torch.enable_grad(), torch.random.fork_rng(devices, device_type=device.type):
+        task, terms, features = unit.losses(batch.images, batch.targets, teacher(batch.images))
+        task_norm, *norms = gradient_norms([task, *terms.values()], features).tolist()
+    for name, norm in zip(terms, norms):
+        if not unit.combiner.weight(name):
+            continue
+        if not norm > 0:  # NaN too
+            found = "no gradient" if norm == 0 else "a gradient that is no number"
+            raise UserError(f"losses.{name}: gives the student {found}, so it teaches nothing; leave it out")
+        share = unit.combiner.share(name, task_norm, norm) if task_norm else 0.0
+        if share > dominates:
+            fitting = unit.combiner.weights[name] * dominates / share
+            raise UserError(
+                f"losses.{name}: its gradient is {share:.0f} times the task's, more than guards.dominates, "
+                f"{dominates:g}; lower its weight below {fitting:.2g}, or say balance: gradient"
+            )
+    touched = [name for name, p in teacher.detector.named_parameters() if p.grad is not None or p.requires_grad]
+    if touched:
+        raise UserError(f"teacher: {touched[0]} takes part in training; a teacher must be frozen")
+
+
+def check_losses(unit: Distiller) -> None:
+    """Raises a UserError that names the first loss which was no number since the last look."""
+    bad = unit.combiner.bad_losses()
+    if bad:
+        way_out = "lower train.optimizer.lr" if bad[0] == "task" else f"lower losses.{bad[0]}.weight, or leave it out"
+        raise UserError(
+            f"losses: {', '.join(bad)} became NaN or infinite in epoch {int(unit.combiner.epoch) + 1}; {way_out}, "
+            "and resume from the last whole epoch or start anew"
+        )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of every parameter and buffer, to the bit."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_unchanged(teacher: Teacher, before: str) -> None:
+    """Raises a UserError if the teacher is no longer the one with this fingerprint."""
+    if fingerprint(teacher.detector) != before:
+        raise UserError("teacher: its weights or batch-norm statistics changed during training; it must be frozen")

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from distill.combiner import Combiner
+from distill.data import Batch
+from distill.distiller import Distiller
+from distill.errors import UserError
+from distill.guards import check_losses, check_terms, check_unchanged, fingerprint
+from distill.terms import AttentionTransferTerm, KnowledgeTerm, MGDTerm, PKDTerm
+from teachers import Teacher
+
+
+class Silent(KnowledgeTerm):
+    """Counts, and teaches nothing."""
+
+    def forward(self, student, teacher, targets, image_size):
+        return student.features[0].detach().sum()
+
+
+class Broken(KnowledgeTerm):
+    def forward(self, student, teacher, targets, image_size):
+        return student.features[0].sum() * float("nan")
+
+
+@pytest.fixture
+def batch(images, targets):
+    return Batch(images, targets, [], [])
+
+
+@pytest.fixture
+def make(build_tiny):
+    """A unit with one term, and its teacher."""
+
+    def make(kind, weight=1.0, **settings):
+        student, teacher = build_tiny(), build_tiny(seed=1, channels=24)
+        unit = Distiller(student, {"it": kind(student, teacher)}, Combiner({"it": weight}), **settings)
+        return unit.train(), Teacher(teacher)
+
+    return make
+
+
+def test_a_term_that_teaches_passes_and_nothing_changes(make, batch):
+    unit, teacher = make(MGDTerm, 1e-4)
+    before, untouched = fingerprint(unit), fingerprint(teacher.detector)
+    torch.manual_seed(5)
+    check_terms(unit, teacher, batch, dominates=100.0)
+    drawn = torch.rand(1)
+    assert drawn == torch.rand(1, generator=torch.Generator().manual_seed(5))
+    assert fingerprint(unit) == before and unit.training
+    assert all(p.grad is None for p in unit.parameters())
+    check_unchanged(teacher, untouched)
+
+
+def test_a_term_without_gradient_is_named(make, batch):
+    unit, teacher = make(Silent)
+    with pytest.raises(UserError, match=r"losses.it: gives the student no gradient, so it teaches nothing"):
+        check_terms(unit, teacher, batch, 100.0)
+    unit.combiner.weights["it"] = 0.0
+    check_terms(unit, teacher, batch, 100.0)  # what counts nothing is nobody's problem
+    unit, teacher = make(Broken)
+    with pytest.raises(UserError, match=r"losses.it: gives the student a gradient that is no number"):
+        check_terms(unit, teacher, batch, 100.0)
+
+
+def test_a_term_that_dominates_is_named_with_a_weight_that_fits(make, batch):
+    unit, teacher = make(PKDTerm, 1e6)
+    with pytest.raises(UserError, match=r"losses.it: its gradient is \d+ times the task's, .* below ") as error:
+        check_terms(unit, teacher, batch, 100.0)
+    fitting = float(str(error.value).partition("below ")[2].partition(",")[0])
+    unit.combiner.weights["it"] = 0.9 * fitting
+    check_terms(unit, teacher, batch, 100.0)
+    # as a share of the task's gradient it is what it says
+    unit.combiner = Combiner({"it": 0.5}, balance="gradient")
+    check_terms(unit, teacher, batch, 100.0)
+
+
+def test_a_teacher_that_learns_is_named(make, batch):
+    unit, teacher = make(AttentionTransferTerm)
+    untouched = fingerprint(teacher.detector)
+    next(teacher.detector.parameters()).requires_grad_(True)
+    with pytest.raises(UserError, match=r"teacher: backbone.* takes part in training"):
+        check_terms(unit, teacher, batch, 1e9)
+    with torch.no_grad():
+        next(b for b in teacher.detector.buffers() if b.is_floating_point()).add_(1e-3)
+    with pytest.raises(UserError, match="teacher: its weights or batch-norm statistics changed"):
+        check_unchanged(teacher, untouched)
+
+
+def test_the_loss_that_went_wrong_first_is_named(make, batch):
+    unit, teacher = make(Broken)
+    taught = teacher(batch.images)
+    unit.combiner.weights["it"] = 0.0
+    unit(batch.images, batch.targets, taught)
+    check_losses(unit)
+    unit.combiner.weights["it"] = 1.0
+    unit(batch.images, batch.targets, taught)
+    unit(batch.images * float("nan"), batch.targets, taught)  # by now everything is
+    with pytest.raises(UserError, match=r"losses: it became NaN or infinite in epoch 1; lower losses.it.weight"):
+        check_losses(unit)
+    check_losses(unit)
+
+
+def test_a_broken_term_can_be_left_out_of_a_step(make, batch, build_tiny):
+    unit, teacher = make(Broken, skip_bad=True)
+    total, parts = unit(batch.images, batch.targets, teacher(batch.images))
+    assert parts["it"] == 0 and total == parts["task"] and total.isfinite()
+    assert unit.skipped == {"it": 1}
+    check_losses(unit)

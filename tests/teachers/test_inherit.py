@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from teachers import inherit
+
+
+def test_what_fits_is_taken_and_the_rest_stays(build_tiny):
+    student = build_tiny()
+    teacher = build_tiny(seed=1, backbone="test_efficientnet")  # other backbone, other widths into the neck
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    taken = inherit(student, teacher, ["neck", "head"])
+    theirs = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        part = name.partition(".")[0]
+        fits = part in ("neck", "head") and theirs[name].shape == tensor.shape
+        assert torch.equal(tensor, theirs[name] if fits else before[name]), name
+    whole = {part: sum(t.numel() for t in getattr(student, part).state_dict().values()) for part in ("neck", "head")}
+    assert taken["head"] == (whole["head"], whole["head"])
+    assert 0 < taken["neck"][0] < taken["neck"][1] == whole["neck"]
+    assert not any(p.data_ptr() == q.data_ptr() for p, q in zip(student.head.parameters(), teacher.head.parameters()))
+
+
+def test_what_cannot_be_inherited_is_said(build_tiny):
+    with pytest.raises(ValueError, match="no part 'nek'; it has backbone, neck, head"):
+        inherit(build_tiny(), build_tiny(), ["nek"])
+    wider = build_tiny(channels=24, backbone="test_efficientnet")
+    shapes = {name: t.shape for name, t in wider.head.state_dict().items()}
+    student = build_tiny()
+    assert any(t.shape == shapes[name] for name, t in student.head.state_dict().items())  # a bias of the class count
+    with pytest.raises(ValueError, match="nothing in laterals"):
+        student.laterals = student.neck.laterals
+        inherit(student, wider, ["laterals"])
