@@ -81,6 +81,6 @@ def settings(scenes, tmp_path) -> dict:
             "fpn_attention": {"name": "attention_transfer", "weight": 0.2, "schedule": {"stop_epoch": 4}},
         },
         "balance": "gradient",
-        "pruning": {"target": 0.6, "start": 1, "end": 3, "every": 2, "importance": "taylor", "ranking": "global"},
+        "pruning": {"target": 0.5, "start": 1, "end": 3, "every": 2, "importance": "taylor", "ranking": "global"},
         "train": {"epochs": 5},
     }

@@ -214,7 +214,7 @@ def test_dry_run_builds_everything_and_writes_nothing(run, tmp_path):
         "8 classes; 64x64 px",
         "test_resnet: ",
         "pkd x 0.5 of the task's gradient",
-        "to 60% of the MACs, 2 cuts",
+        "to 50% of the MACs, 2 cuts",
     ):
         assert part in out, part
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
