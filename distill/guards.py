@@ -10,15 +10,15 @@ from distill.combiner import gradient_norms
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.errors import UserError
-from distill.measure import eval_mode
 from teachers import Teacher
 
 
 def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: float) -> None:
     """Looks at each knowledge term's gradient at the student's pyramid, as it is weighted at present.
 
-    Nothing changes: the unit is in eval mode meanwhile, and the random generator is put back. Every rank must be given
-    the same batch. Terms that count nothing at present are passed over.
+    The unit is in train mode, as gradients are in training: before it, untrained batch norms would not normalise yet.
+    All the same nothing changes, batch norms and the random generator are put back. Every rank must be given the same
+    batch. Terms that count nothing at present are passed over.
 
     Args:
         unit: the student with its terms.
@@ -31,9 +31,15 @@ def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: floa
     """
     device = batch.images.device
     devices = [] if device.type == "cpu" else [device]
-    with eval_mode(unit), torch.enable_grad(), torch.random.fork_rng(devices, device_type=device.type):
-        task, terms, features = unit.losses(batch.images, batch.targets, teacher(batch.images))
+    modes = [(module, module.training) for module in unit.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in unit.buffers()]
+    with torch.enable_grad(), torch.random.fork_rng(devices, device_type=device.type):
+        task, terms, features = unit.train().losses(batch.images, batch.targets, teacher(batch.images))
         task_norm, *norms = gradient_norms([task, *terms.values()], features).tolist()
+    for module, training in modes:
+        module.training = training
+    for buffer, before in buffers:
+        buffer.copy_(before)
     for name, norm in zip(terms, norms):
         if not unit.combiner.weight(name):
             continue
