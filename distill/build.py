@@ -88,12 +88,22 @@ def evaluation_split(config: DataConfig, split: str, classes: list[str] | tuple[
     return Split(index, build_loader(dataset, config.batch_size, workers=config.workers))
 
 
-def build_detector(config: DenseConfig, class_names: list[str], role: str) -> Detector:
+def build_detector(config: DenseConfig, class_names: list[str], image_size: tuple[int, int], role: str) -> Detector:
     """A new detector; what its family refuses is told under the key of its role, `student` or `teacher.detector`."""
     try:
-        return students.build(class_names=class_names, **config.model_dump())
+        detector = students.build(class_names=class_names, **config.model_dump())
     except ValueError as error:
         raise UserError(f"{role}.{error}") from None
+    try:
+        count_macs(detector, image_size)
+    except (AssertionError, RuntimeError, ValueError) as error:  # such as of a transformer of fixed input size
+        height, width = image_size
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{role}.backbone: {config.backbone} does not take images of {width}x{height} px ({reason}); "
+            "change data.image_size, or choose another backbone"
+        ) from error
+    return detector
 
 
 def build_teacher(config: Config, class_names: list[str]) -> Detector | None:
@@ -102,7 +112,7 @@ def build_teacher(config: Config, class_names: list[str]) -> Detector | None:
         return None
     if config.teacher.path is not None:
         return load_teacher(config.teacher.path, class_names)
-    return build_detector(config.teacher.detector, class_names, "teacher.detector")
+    return build_detector(config.teacher.detector, class_names, config.data.image_size, "teacher.detector")
 
 
 def teacher_run_config(config: Config, output_dir: Path) -> Config:
@@ -143,7 +153,7 @@ def load_teacher(path: str, class_names: list[str]) -> Detector:
 
 def build_unit(config: Config, class_names: list[str], teacher: Detector | None) -> Distiller:
     """The student and its knowledge terms, untrained."""
-    student = build_detector(config.student, class_names, "student")
+    student = build_detector(config.student, class_names, config.data.image_size, "student")
     if config.inherit:
         try:
             inherit(student, teacher, config.inherit)  # once more when the teacher is trained; here to see that it fits

@@ -157,6 +157,12 @@ def test_target_out_of_reach(refused):
     refused("pruning.target=0.001", parts=["pruning.target: 0.001 cannot be reached", "raise the target"])
 
 
+def test_backbone_of_another_image_size(refused, settings):
+    settings["pruning"] = None
+    swin = "swin_tiny_patch4_window7_224"
+    refused(f"student.backbone={swin}", parts=[f"student.backbone: {swin} does not take images of 64x64 px", "(224)"])
+
+
 def test_finished_run(run, settings, tmp_path):
     settings.update(teacher=None, losses={}, pruning=None)
     settings["train"]["epochs"] = 1
