@@ -140,6 +140,8 @@ def fit(
     settings, image_size = config.train.optimizer, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
     teacher = Teacher(teacher_detector, accelerator.device, config.teacher.precision) if teacher_detector else None
+    if teacher:
+        unit.bind(teacher.detector)
     resumes = any(run.checkpoints.glob("epoch_*.pt"))
     if config.inherit and not resumes:
         taken = inherit(student, teacher.detector, config.inherit)

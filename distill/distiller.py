@@ -66,6 +66,11 @@ class Distiller(nn.Module):
             terms[name] = sum_of_nothing(term, task) if value is None else value
         return task, terms, output.features
 
+    def bind(self, teacher: Detector) -> None:
+        """Tells the terms who teaches, once the teacher is trained and on its device."""
+        for term in self.terms.values():
+            term.bind(self.student, teacher)
+
     def traced_outputs(self, images: Tensor) -> list[Tensor]:
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""
         output = self.student(images)

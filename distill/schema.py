@@ -113,6 +113,13 @@ class BoxMimicConfig(TermConfig):
     kind: Literal["giou", "smooth_l1"] = "giou"
 
 
+class CrossKDConfig(TermConfig):
+    name: Literal["cross_kd"]
+    depth: Count | None = None
+    class_weight: NotNegative = 1.0
+    box_weight: NotNegative = 1.0
+
+
 class FeatureTermConfig(TermConfig):
     """A term over maps behind an adapter each."""
 
@@ -166,7 +173,7 @@ class AttentionGuidedConfig(TermConfig):
 
 # by the family that they belong to
 LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
-    "soft labels": (DenseSigmoidConfig, BoxMimicConfig),
+    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, CrossKDConfig),
     "feature mimic": (MimicConfig, CWDConfig, MGDConfig, FGDConfig),
     "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
 }

@@ -19,8 +19,8 @@ class SharedConv(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(num_levels))
 
     def forward(self, x: Tensor, level: int) -> Tensor:
-        """(B, C, H, W) of pyramid level number `level`, to the same shape."""
-        return F.relu(self.norms[level](self.conv(x)))
+        """(B, C, H, W) of pyramid level number `level`, to the same shape; the activation is left to the caller."""
+        return self.norms[level](self.conv(x))
 
 
 class DenseHead(nn.Module):
@@ -49,11 +49,24 @@ class DenseHead(nn.Module):
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Class logits (B, K, H, W) and distances (B, 4, H, W) in strides, for each level (B, C, H, W)."""
-        logits, distances = [], []
-        for level, feature in enumerate(features):
-            x = y = feature
-            for class_conv, box_conv in zip(self.class_tower, self.box_tower):
-                x, y = class_conv(x, level), box_conv(y, level)
-            logits.append(self.class_logits(x))
-            distances.append(F.softplus(self.box_distances(y)))
-        return tuple(logits), tuple(distances)
+        begun = [self.begin(feature, level, self.depth) for level, feature in enumerate(features)]
+        logits, distances = zip(*(self.finish(*maps, level, self.depth) for level, maps in enumerate(begun)))
+        return logits, distances
+
+    @property
+    def depth(self) -> int:
+        """Convolutions in each tower."""
+        return len(self.class_tower)
+
+    def begin(self, feature: Tensor, level: int, depth: int) -> tuple[Tensor, Tensor]:
+        """What both towers hold after `depth` convolutions on one pyramid level, the last activation still to come."""
+        x, y = self.class_tower[0](feature, level), self.box_tower[0](feature, level)
+        for class_conv, box_conv in zip(self.class_tower[1:depth], self.box_tower[1:depth]):
+            x, y = class_conv(F.relu(x), level), box_conv(F.relu(y), level)
+        return x, y
+
+    def finish(self, x: Tensor, y: Tensor, level: int, depth: int) -> tuple[Tensor, Tensor]:
+        """Logits and distances of one level, from what `begin` gave for the same depth."""
+        for class_conv, box_conv in zip(self.class_tower[depth:], self.box_tower[depth:]):
+            x, y = class_conv(F.relu(x), level), box_conv(F.relu(y), level)
+        return self.class_logits(F.relu(x)), F.softplus(self.box_distances(F.relu(y)))

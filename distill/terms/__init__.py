@@ -1,6 +1,7 @@
 """Knowledge terms: what a run's `losses` section is made of, one class a loss."""
 
 from distill.terms.base import FeatureTerm, KnowledgeTerm, level_name, match_levels
+from distill.terms.cross_head import CrossKDTerm
 from distill.terms.feature_mimic import (
     CWDTerm,
     FGDTerm,
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionTransferTerm",
     "BoxMimicTerm",
     "CWDTerm",
+    "CrossKDTerm",
     "DenseSigmoidTerm",
     "FGDAttentionTerm",
     "FGDTerm",
@@ -37,6 +39,7 @@ __all__ = [
 TERMS: dict[str, type[KnowledgeTerm]] = {
     "dense_sigmoid": DenseSigmoidTerm,
     "box_mimic": BoxMimicTerm,
+    "cross_kd": CrossKDTerm,
     "plain_mimic": PlainMimicTerm,
     "pkd": PKDTerm,
     "score_weighted_mimic": ScoreWeightedMimicTerm,

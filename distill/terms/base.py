@@ -66,6 +66,9 @@ class KnowledgeTerm(nn.Module, ABC):
         self.pairs = match_levels(student.strides, teacher.strides, levels)
         self.level_names = [level_name(student.strides[i]) for i, _ in self.pairs]
 
+    def bind(self, student: Detector, teacher: Detector) -> None:
+        """Is told who plays the two parts once both are ready; most terms need their outputs only."""
+
     @abstractmethod
     def forward(
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
