@@ -1,0 +1,192 @@
+"""What each knowledge loss is worth: one student, one budget, each loss alone, combined, and none.
+
+    python benchmarks/losses.py --sets scenes bccd --seeds 3 --bccd PATH
+
+Every finished arm is kept under --output, and a second start goes on from there. Losses are balanced by gradient: a
+loss alone pulls as strongly as the task, losses together share that. Writes --output/losses.json and docs/losses.md.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be this file
+
+from benchmarks.arms import ROOT, interval, markdown, run_arm, setting
+from distill import build
+from distill.config import check_config, override, read_yaml
+from distill.data import Batch
+from distill.optimization import build_optimizer
+from distill.schema import Config
+from distill.terms import TERMS
+from teachers import Teacher
+
+COMBINED = {
+    "scores + boxes": ("dense_sigmoid", "box_mimic"),
+    "scores + boxes + pkd": ("dense_sigmoid", "box_mimic", "pkd"),
+    "cross_kd + pkd": ("cross_kd", "pkd"),
+    "cross_kd + scores + boxes": ("cross_kd", "dense_sigmoid", "box_mimic"),
+}
+ARMS = {"plain": (), **{name: (name,) for name in TERMS}, **COMBINED}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=("scenes", "bccd"), default=["scenes", "bccd"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=9, help="of every student")
+    parser.add_argument("--bccd", default="../shared/data/bccd", help="folder of the BCCD data set")
+    parser.add_argument("--output", type=Path, default=Path("runs/losses"))
+    args = parser.parse_args()
+    configs = {"scenes": ("configs/quickstart.yaml", []), "bccd": ("configs/bccd.yaml", [f"data.root={args.bccd}"])}
+    arms = ["plain", *(arm for arm in args.arms if arm != "plain")]
+    results = {}
+    for name in args.sets:
+        config, overrides = configs[name]
+        results[name] = compare(args.output / name, config, overrides, arms, args.seeds, args.epochs)
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "losses.json").write_text(json.dumps(results, indent=2) + "\n")
+        (ROOT / "docs" / "losses.md").write_text(document(results, args.seeds, args.epochs))
+        print(table(results[name]))
+
+
+def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: int, epochs: int) -> dict[str, Any]:
+    """Trains the teacher and all arms on one data set, and measures a step of each."""
+    folder = folder.resolve()
+    as_student = read_yaml(ROOT / config)["teacher"]
+    teacher = [setting("student", as_student["detector"]), setting("train", as_student["train"])]
+    taught_by = run_arm(folder / "teacher", config, [*base, *overrides_of("plain", folder), *teacher])["student"]
+    entries, checked = {}, {}
+    for arm in arms:
+        overrides = [*base, *overrides_of(arm, folder), f"train.epochs={epochs}"]
+        place = folder / arm.replace(" ", "")
+        runs = [
+            run_arm(place / f"seed{seed}", config, [*overrides, f"seed={seed}"])["student"] for seed in range(seeds)
+        ]
+        entries[arm] = {key: [run[key] for run in runs] for key in ("ap", "ap50")}
+        checked[arm] = check_config(override(read_yaml(ROOT / config), overrides), config)
+    for arm, cost in measure_steps(checked).items():
+        entries[arm] |= cost
+    return {"teacher": {key: taught_by[key] for key in ("ap", "ap50")}, "arms": entries}
+
+
+def overrides_of(arm: str, folder: Path) -> list[str]:
+    """What an arm changes of the recipe."""
+    names = ARMS[arm]
+    if not names:
+        return ["teacher=null", "losses={}", "pruning=null"]
+    losses = {name: {"name": name, "weight": 1 / len(names)} for name in names}
+    teacher = setting("teacher", {"path": str(folder / "teacher" / "student")})
+    return [teacher, setting("losses", losses), "balance=gradient", "pruning=null"]
+
+
+def measure_steps(configs: dict[str, Config], repeats: int = 8) -> dict[str, dict[str, float]]:
+    """Seconds of a training step, teacher included, and MiB that it keeps for the way back, for each arm.
+
+    The arms take turns, so that whatever else the machine does slows all of them alike.
+    """
+    steps = {arm: Step(config) for arm, config in configs.items()}
+    for step in steps.values():
+        step()  # the first one warms up
+    seconds = {arm: [] for arm in steps}
+    for _ in range(repeats):
+        for arm, step in steps.items():
+            began = time.perf_counter()
+            step()
+            seconds[arm].append(time.perf_counter() - began)
+    return {
+        arm: {"seconds": median(seconds[arm]), "kept_mib": step.kept_bytes() / 2**20} for arm, step in steps.items()
+    }
+
+
+class Step:
+    """One training step on one batch, again and again."""
+
+    def __init__(self, config: Config):
+        data = build.build_data(config.data, config.seed)
+        detector = build.build_teacher(config, data.class_names)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.unit = build.build_unit(config, data.class_names, detector)
+        self.unit.to(self.device, memory_format=torch.channels_last).train()
+        self.teacher = Teacher(detector, self.device) if detector else None
+        if self.teacher:
+            self.unit.bind(self.teacher.detector)
+        self.optimizer = build_optimizer(self.unit, 1e-4, 1.0, 0.05)
+        batch: Batch = next(iter(data.train.loader))
+        self.batch = batch._replace(images=batch.images.to(self.device))
+
+    def loss(self) -> torch.Tensor:
+        taught = self.teacher(self.batch.images) if self.teacher else None
+        return self.unit(self.batch.images, self.batch.targets, taught)[0]
+
+    def __call__(self) -> None:
+        self.unit.combiner.step += 1  # as in training, gradients are balanced at some steps only
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def kept_bytes(self) -> int:
+        """Bytes of all tensors that the backward pass needs, each storage once; parameters left out."""
+        own = {p.untyped_storage().data_ptr() for p in self.unit.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()
+        del loss
+        return sum(kept.values())
+
+
+def table(result: dict[str, Any]) -> str:
+    """The arms of one data set, best first; the gap is that between the plain student and the teacher."""
+    arms, teacher = result["arms"], result["teacher"]["ap"]
+    plain = arms["plain"]
+    plain_ap, _ = interval(plain["ap"])
+    rows = [["teacher", f"{100 * teacher:.1f}", f"{100 * result['teacher']['ap50']:.1f}", "", "", ""]]
+    for arm, entry in sorted(arms.items(), key=lambda item: -interval(item[1]["ap"])[0]):
+        (ap, spread), (ap50, _) = interval(entry["ap"]), interval(entry["ap50"])
+        closed = (ap - plain_ap) / (teacher - plain_ap) if teacher != plain_ap else math.nan
+        rows.append(
+            [
+                arm,
+                f"{100 * ap:.1f} +- {100 * spread:.1f}",
+                f"{100 * ap50:.1f}",
+                "" if entry is plain else f"{closed:.0%}",
+                f"{entry['seconds'] / plain['seconds']:.2f}x",
+                f"{entry['kept_mib'] / plain['kept_mib']:.2f}x",
+            ]
+        )
+    return markdown(["", "AP", "AP50", "gap closed", "time a step", "memory a step"], rows)
+
+
+def document(results: dict[str, Any], seeds: int, epochs: int) -> str:
+    """docs/losses.md."""
+    titles = {"scenes": "Drawn scenes (`configs/quickstart.yaml`)", "bccd": "BCCD (`configs/bccd.yaml`)"}
+    text = f"""# What each knowledge loss is worth
+
+Written by `python benchmarks/losses.py --sets {" ".join(results)} --seeds {seeds} --epochs {epochs}`. The same student
+throughout, {epochs} epochs, no cuts. A loss alone is balanced to pull as strongly as the task (`balance: gradient`,
+weight 1); losses together share that. AP in points on the recipe's test split, mean over {seeds} seeds and its 95%
+interval; gap closed is (distilled - plain) / (teacher - plain). Time and memory (what is kept for the backward pass)
+are ratios to plain training.
+"""
+    return text + "".join(f"\n## {titles[name]}\n\n{table(result)}" for name, result in results.items())
+
+
+if __name__ == "__main__":
+    main()
