@@ -120,6 +120,11 @@ class CrossKDConfig(TermConfig):
     box_weight: NotNegative = 1.0
 
 
+class PseudoLabelConfig(TermConfig):
+    name: Literal["pseudo_label"]
+    score_threshold: Share = 0.3
+
+
 class FeatureTermConfig(TermConfig):
     """A term over maps behind an adapter each."""
 
@@ -173,7 +178,7 @@ class AttentionGuidedConfig(TermConfig):
 
 # by the family that they belong to
 LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
-    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, CrossKDConfig),
+    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, CrossKDConfig, PseudoLabelConfig),
     "feature mimic": (MimicConfig, CWDConfig, MGDConfig, FGDConfig),
     "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
 }

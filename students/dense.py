@@ -77,10 +77,12 @@ class DenseDetector(Detector):
         locations, strides = self._locations(output)
         logits = flatten_levels(output.class_logits).float()
         boxes = to_boxes(flatten_levels(output.box_distances).float(), locations, strides)
-        target_boxes, target_labels, mask = pad_targets(targets, boxes.device)
+        target_boxes, target_labels, target_scores, mask = pad_targets(targets, boxes.device)
         objects, quality = assign_task_aligned(
             logits.detach().sigmoid(), boxes.detach(), locations, strides, target_boxes, target_labels, mask
         )
+        if target_boxes.shape[1]:
+            quality = quality * target_scores.gather(1, objects)
         assigned = (quality > 0).float()
         total_quality, num_assigned = average_across_ranks(torch.stack((quality.sum(), assigned.sum()))).clamp(min=1.0)
 
@@ -182,10 +184,13 @@ def to_boxes(distances: Tensor, locations: Tensor, strides: Tensor) -> Tensor:
     return torch.cat((locations - pixels[..., :2], locations + pixels[..., 2:]), dim=-1)
 
 
-def pad_targets(targets: list[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (B, M, 4), labels (B, M) and a mask (B, M) that is False where an image has fewer than M objects."""
+def pad_targets(targets: list[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes (B, M, 4), labels (B, M), scores (B, M), 1 where none are given, and a mask (B, M) that is False where an
+    image has fewer than M objects."""
     boxes = nn.utils.rnn.pad_sequence([t["boxes"].to(device) for t in targets], batch_first=True)
     labels = nn.utils.rnn.pad_sequence([t["labels"].to(device) for t in targets], batch_first=True)
+    given = [t["scores"].to(device) if "scores" in t else torch.ones(len(t["labels"]), device=device) for t in targets]
+    scores = nn.utils.rnn.pad_sequence(given, batch_first=True)
     counts = torch.tensor([len(t["labels"]) for t in targets], device=device)
     mask = torch.arange(labels.shape[1], device=device) < counts[:, None]
-    return boxes, labels, mask
+    return boxes, labels, scores, mask

@@ -12,6 +12,7 @@ from distill.terms.feature_mimic import (
     ScoreWeightedMimicTerm,
 )
 from distill.terms.fpn_attention import AttentionGuidedTerm, AttentionTransferTerm, FGDAttentionTerm
+from distill.terms.pseudo_label import PseudoLabelTerm
 from distill.terms.soft_label import BoxMimicTerm, DenseSigmoidTerm
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MaskedMimicTerm",
     "PKDTerm",
     "PlainMimicTerm",
+    "PseudoLabelTerm",
     "ScoreWeightedMimicTerm",
     "level_name",
     "match_levels",
@@ -40,6 +42,7 @@ TERMS: dict[str, type[KnowledgeTerm]] = {
     "dense_sigmoid": DenseSigmoidTerm,
     "box_mimic": BoxMimicTerm,
     "cross_kd": CrossKDTerm,
+    "pseudo_label": PseudoLabelTerm,
     "plain_mimic": PlainMimicTerm,
     "pkd": PKDTerm,
     "score_weighted_mimic": ScoreWeightedMimicTerm,

@@ -14,6 +14,7 @@ from distill.terms import (
     DenseSigmoidTerm,
     PKDTerm,
     PlainMimicTerm,
+    PseudoLabelTerm,
     match_levels,
 )
 from losses import attention_transfer, dense_sigmoid, fuse_levels, plain_mimic
@@ -166,6 +167,7 @@ def any_term(request, pair):
 
 def test_every_term_reaches_the_student_and_not_the_teacher(any_term, pair, images, targets):
     student, teacher = pair
+    torch.nn.init.constant_(teacher.head.class_logits.bias, 1.0)  # sure enough of something to teach it
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     taught = teacher(images)
     output = student(images)
@@ -189,8 +191,12 @@ def test_every_term_bears_a_batch_without_objects(any_term, pair, images):
 
 
 @pytest.mark.parametrize("name", sorted(TERMS))
-def test_every_term_takes_a_choice_of_levels(pair, images, targets, name):
+def test_every_term_with_levels_takes_a_choice_of_them(pair, images, targets, name):
     student, teacher = pair
+    if name == "pseudo_label":
+        with pytest.raises(ValueError, match="levels: detections belong to no level"):
+            TERMS[name](student, teacher, levels=["P4"])
+        return
     term = TERMS[name](student, teacher, levels=["P4"])
     assert term.level_names == ["P4"] and term.pairs == [(1, 1)]
     output = student(images)
@@ -228,3 +234,19 @@ def test_maps_of_unlike_sizes_are_brought_together(build_tiny, images):
     student, teacher = build_tiny(), build_tiny(seed=1).eval()
     finer = teacher(torch.nn.functional.interpolate(images, scale_factor=2.0))
     assert PlainMimicTerm(student, teacher)(student(images), finer, [], (64, 64)).isfinite()
+
+
+def test_pseudo_labels_are_what_a_sure_teacher_sees(build_tiny, images):
+    # strides that have nothing in common
+    student, teacher = build_tiny(levels=(3, 4)), build_tiny(seed=1, levels=(5,)).eval()
+    torch.nn.init.constant_(teacher.head.class_logits.bias, 1.0)
+    ours, theirs = student(images), teacher(images)
+    seen = teacher.decode(theirs, [(64, 64)] * 2)
+    assert all(len(d.scores) > 1 for d in seen)
+    threshold = float(seen[0].scores.median())
+    term = PseudoLabelTerm(student, teacher, score_threshold=threshold)
+    labels = []
+    for d in seen:
+        keep = d.scores >= threshold
+        labels.append({"boxes": d.boxes[keep], "labels": d.labels[keep], "scores": d.scores[keep]})
+    assert torch.equal(term(ours, theirs, [{}, {}], (64, 64)), sum(student.loss(ours, labels).values()))

@@ -101,6 +101,20 @@ def test_loss_of_the_right_answer_is_zero(build_tiny):
     assert losses["box"].item() == pytest.approx(5 * (4 * 0.75 + 0) / 5, rel=1e-4)
 
 
+def test_an_object_asks_for_as_much_as_its_score(build_tiny, images, targets):
+    detector = build_tiny()
+    output = detector(images)
+    sure = [target | {"scores": torch.ones(len(target["labels"]))} for target in targets]
+    assert detector.loss(output, sure) == detector.loss(output, targets)
+    unsure = [target | {"scores": torch.zeros(len(target["labels"]))} for target in targets]
+    nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}] * 2
+    # objects of score 0 are background
+    assert detector.loss(output, unsure)["classification"] == detector.loss(output, nothing)["classification"]
+    assert detector.loss(output, unsure)["box"] == 0
+    half = [target | {"scores": torch.full((len(target["labels"]),), 0.5)} for target in targets]
+    assert detector.loss(output, half)["box"] == detector.loss(output, targets)["box"]  # same locations, same boxes
+
+
 def test_loss_without_objects_is_the_quality_focal_loss_of_background(build_tiny):
     detector = build_tiny(levels=(4, 5))
     losses = detector.loss(

@@ -1,0 +1,54 @@
+"""The teacher's detections as ground truth: the one term that asks nothing of how the two detectors are built."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from distill.terms.base import KnowledgeTerm, Targets
+from students import DenseOutput, Detector
+
+
+class PseudoLabelTerm(KnowledgeTerm):
+    """The student's own loss on what the teacher detects, each object counting as much as the teacher is sure of it.
+
+    The student's own assigner says which location answers for which detection, so heads, strides and levels of the two
+    need have nothing in common. Soft, since a detection of score s asks for s times the quality that a true object
+    would ask for.
+
+    Args:
+        student: any detector.
+        teacher: likewise.
+        levels: must be None; detections belong to no level.
+        score_threshold: lower detections are left out.
+
+    Raises:
+        ValueError: `levels` are given.
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector,
+        levels: Sequence[str] | None = None,
+        score_threshold: float = 0.3,
+    ):
+        super().__init__(student, student)  # it pairs with whatever there is
+        if levels is not None:
+            raise ValueError("levels: detections belong to no level; leave it out")
+        self.score_threshold = score_threshold
+        self.bind(student, teacher)
+
+    def bind(self, student: Detector, teacher: Detector) -> None:
+        # in a list, so that the two are no part of this module: they are trained, moved and saved elsewhere
+        self._detectors = [student, teacher]
+
+    def forward(
+        self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
+    ) -> Tensor:
+        learner, expert = self._detectors
+        detections = expert.decode(teacher, [image_size] * len(targets))
+        labels = []
+        for found in detections:
+            keep = found.scores >= self.score_threshold
+            labels.append({"boxes": found.boxes[keep], "labels": found.labels[keep], "scores": found.scores[keep]})
+        return sum(learner.loss(student, labels).values())
