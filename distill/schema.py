@@ -189,13 +189,14 @@ LossConfig = Annotated[
 
 
 class PruningConfig(Section):
-    """Channels are cut at the start of the epochs `start` to `end`, `every` so many, on a cubic schedule."""
+    """Channels are cut at the start of the epochs `start` to `end`, `every` so many."""
 
     target: Annotated[float, Field(gt=0, lt=1)]  # MACs left at the end, as a share of the uncut student's
     start: Annotated[int, Field(ge=0)]
     end: Annotated[int, Field(ge=0)]
     every: Count = 1
-    importance: Literal["group_l1", "taylor"] = "group_l1"
+    schedule: Literal["cubic", "linear", "exponential"] = "cubic"  # how much each of the cuts takes
+    importance: Literal["group_l1", "group_l2", "fpgm", "bn_scale", "lamp", "taylor", "random"] = "group_l1"
     ranking: Literal["uniform", "global"] = "uniform"  # the same share of every group, or the weakest channels anywhere
     per_macs: bool = False  # with global ranking: the weakest for what they cost
     floor: Share = 0.0  # what every group keeps of its width

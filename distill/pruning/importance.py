@@ -1,5 +1,6 @@
 """How much each channel of a group matters, and what it costs."""
 
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -27,6 +28,64 @@ def group_l1(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Salie
     """
     scores = sum_by_channel(group, {name: tensor.abs() for name, tensor in tensors.items() if tensor.dim() > 1})
     return scores / scores.mean().clamp(min=1e-12)
+
+
+def group_l2(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None = None) -> Tensor:
+    """Euclidean norm of all filters and input slices that a channel owns together; otherwise as `group_l1`."""
+    scores = _squared_norms(group, tensors).sqrt()
+    return scores / scores.mean().clamp(min=1e-12)
+
+
+def fpgm(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None = None) -> Tensor:
+    """Distance of a channel's filters to all others of their layers: what lies in the middle can be spared.
+
+    sum_j ||F_i - F_j||_2 within each layer (He 2019, arXiv 1811.00250), on signed weights, summed over the layers that
+    make the group's channels; divided by the group's mean. Arguments and result as in `group_l1`.
+    """
+    scores = torch.zeros(group.width)
+    for member in group.members:
+        weight = tensors[member.name]
+        if weight.dim() < 2 or member.dim != 0:
+            continue
+        filters = weight.detach().float().flatten(1).cpu()[torch.tensor(member.positions)]
+        scores.index_add_(0, torch.tensor(member.channels), torch.cdist(filters, filters).sum(dim=1))
+    return scores / scores.mean().clamp(min=1e-12)
+
+
+def bn_scale(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None = None) -> Tensor:
+    """Sum of |gamma| over the batch norms that a channel runs through (network slimming, Liu 2017, arXiv 1708.06519).
+
+    Not divided by anything: scales of all layers are compared as they are. Arguments and result as in `group_l1`.
+
+    Raises:
+        ValueError: no batch norm on the way of these channels.
+    """
+    names = {member.name for member in group.members}
+    # only batch norms have running statistics beside their weight
+    scales = {name for name in names if name.removesuffix("weight") + "running_mean" in tensors}
+    if not scales:
+        raise ValueError(f"no batch norm follows {group.name}, so it has no scale to go by; choose another importance")
+    return sum_by_channel(group, {name: tensors[name].abs() for name in scales})
+
+
+def lamp(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None = None) -> Tensor:
+    """A channel's squared norm against that of all in its group that are no smaller (LAMP, Lee 2021, arXiv 2010.07611).
+
+    The paper scores single weights within a layer; here channels, by the squared norm of all that they own, within a
+    group. The largest scores 1 in every group, so one threshold never takes all of one. Arguments and result as in
+    `group_l1`.
+    """
+    squares = _squared_norms(group, tensors)
+    order = squares.argsort(descending=True, stable=True)
+    scores = torch.empty_like(squares)
+    scores[order] = squares[order] / squares[order].cumsum(dim=0).clamp(min=1e-12)
+    return scores
+
+
+def random(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None = None) -> Tensor:
+    """Nothing known: the control. The same for a group of the same name and width. Otherwise as `group_l1`."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{group.name} {group.width}".encode()))
+    return torch.rand(group.width, generator=generator)
 
 
 def taylor(group: ChannelGroup, tensors: Mapping[str, Tensor], saliency: Saliency | None) -> Tensor:
@@ -60,6 +119,10 @@ def sum_by_channel(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor:
     return sums
 
 
+def _squared_norms(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+    return sum_by_channel(group, {name: t.float().square() for name, t in tensors.items() if t.dim() > 1})
+
+
 def macs_by_channel(group: ChannelGroup, tensors: Mapping[str, Tensor], uses: Mapping[str, int]) -> Tensor:
     """(width,) multiply-accumulates that go with each channel while all others stay.
 
@@ -87,5 +150,13 @@ def rank_within_group(scores: Tensor, uncut_width: int) -> Tensor:
     return (scores.argsort(stable=True).argsort() + 1 + gone) / uncut_width
 
 
-IMPORTANCES = {"group_l1": group_l1, "taylor": taylor}
+IMPORTANCES = {
+    "group_l1": group_l1,
+    "group_l2": group_l2,
+    "fpgm": fpgm,
+    "bn_scale": bn_scale,
+    "lamp": lamp,
+    "taylor": taylor,
+    "random": random,
+}
 NEED_SALIENCY = {"taylor"}

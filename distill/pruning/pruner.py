@@ -15,7 +15,7 @@ from distill.measure import count_macs, count_uses
 from distill.pruning.budget import meet_macs
 from distill.pruning.graph import ChannelGroup, find_groups
 from distill.pruning.importance import IMPORTANCES, NEED_SALIENCY, Saliency, macs_by_channel, rank_within_group
-from distill.pruning.schedule import cubic_left, cuts_at
+from distill.pruning.schedule import cuts_at, share_left
 from students.plan import Plan, apply_plan, named_tensors
 
 
@@ -29,6 +29,7 @@ class Pruner:
         start: epoch before which the first cut is made, counted from 0.
         end: epoch before which the last cut is made.
         every: epochs between cuts.
+        schedule: how much each cut takes, see `distill.pruning.schedule.share_left`.
         importance: name of a function in `distill.pruning.importance`.
         ranking: `uniform` takes the same share of every group, `global` the lowest scores wherever they are.
         per_macs: scores are divided by the multiply-accumulates that go with a channel, so that what is dear and of
@@ -49,6 +50,7 @@ class Pruner:
         start: int,
         end: int,
         every: int = 1,
+        schedule: str = "cubic",
         importance: str = "group_l1",
         ranking: str = "uniform",
         per_macs: bool = False,
@@ -57,7 +59,7 @@ class Pruner:
     ):
         self.uncut_macs = uncut_macs
         self.image_size = image_size
-        self.target, self.start, self.end, self.every = target, start, end, every
+        self.target, self.schedule = target, schedule
         self.importance = IMPORTANCES[importance]
         self.needs_saliency = importance in NEED_SALIENCY
         self.ranking, self.per_macs, self.floor = ranking, per_macs, floor
@@ -69,16 +71,24 @@ class Pruner:
         """Looks at the uncut student, before anything else; later cuts are shares of what is found here.
 
         Raises:
-            UserError: the student cannot be traced and cut, or no plan can reach the target.
+            UserError: the student cannot be traced and cut, has nothing for this importance to go by, or no plan can
+                reach the target.
         """
         try:
-            least = self._least(unit) / self.uncut_macs
+            groups = find_groups(unit, self.image_size)
+            least = self._least(unit, groups) / self.uncut_macs
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"pruning: the channels of student.backbone={unit.student.recipe['backbone']} cannot be cut "
                 f"({reason}); choose another backbone, or leave pruning out (pruning=null)"
             ) from error
+        if not self.needs_saliency:
+            try:
+                for group in groups:
+                    self.importance(group, named_tensors(unit), None)
+            except ValueError as error:
+                raise UserError(f"pruning.importance: {error}") from None
         if least > self.target:
             raise UserError(
                 f"pruning.target: {self.target} cannot be reached; with every width cut to "
@@ -94,7 +104,8 @@ class Pruner:
             epoch: counted from 0.
             saliency: of the unit's parameters as they are now, for an importance that needs it.
         """
-        left = cubic_left(epoch, self.start, self.end, self.every, self.target)
+        done = sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)
+        left = share_left(self.schedule, done, self.target)
         groups, tensors = find_groups(unit, self.image_size), named_tensors(unit)
         scores = [self.importance(group, tensors, saliency) for group in groups]
         if self.per_macs:
@@ -106,9 +117,8 @@ class Pruner:
             scores = [rank_within_group(score, self._uncut_width(group)) for score, group in zip(scores, groups)]
         return self._meet(unit, groups, scores, left * self.uncut_macs)[0]
 
-    def _least(self, unit: Distiller) -> int:
+    def _least(self, unit: Distiller, groups: list[ChannelGroup]) -> int:
         """MACs when every group is cut as far as may be; which channels they lose does not matter."""
-        groups = find_groups(unit, self.image_size)
         return self._meet(unit, groups, [torch.zeros(group.width) for group in groups], 0.0)[1]
 
     def _meet(self, unit: Distiller, groups: list[ChannelGroup], scores: list[Tensor], macs: float) -> tuple[Plan, int]:

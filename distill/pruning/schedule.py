@@ -6,11 +6,20 @@ def cuts_at(start: int, end: int, every: int) -> list[int]:
     return sorted({*range(start, end + 1, every), end})
 
 
-def cubic_left(epoch: int, start: int, end: int, every: int, target: float) -> float:
-    """Share left after the cut before `epoch`: 1 before the first cut, `target` after the last, cubic between.
+def share_left(shape: str, done: float, target: float) -> float:
+    """Share of the budget left once a share `done` of all cuts is made: 1 before the first, `target` after the last.
 
-    Zhu & Gupta 2017, arXiv 1710.01878, with time counted in cuts, so that the first one already takes its part.
+    Args:
+        shape: `cubic` takes most at first (Zhu & Gupta 2017, arXiv 1710.01878), `linear` always the same share of the
+            uncut, `exponential` always the same share of what is left.
+        done: in [0, 1]; time is counted in cuts, so that the first one already takes its part.
+        target: what is left in the end.
     """
-    epochs = cuts_at(start, end, every)
-    done = sum(1 for e in epochs if e <= epoch) / len(epochs)
-    return target + (1 - target) * (1 - done) ** 3
+    match shape:
+        case "cubic":
+            return target + (1 - target) * (1 - done) ** 3
+        case "linear":
+            return 1 - (1 - target) * done
+        case "exponential":
+            return target**done
+    raise ValueError(f"schedule: {shape!r} is not known; choose cubic, linear or exponential")

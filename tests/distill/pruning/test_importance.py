@@ -7,7 +7,16 @@ from distill.data import Batch
 from distill.distiller import Distiller
 from distill.measure import count_macs, count_uses
 from distill.pruning.graph import ChannelGroup, Member, find_groups
-from distill.pruning.importance import macs_by_channel, taylor
+from distill.pruning.importance import (
+    IMPORTANCES,
+    bn_scale,
+    fpgm,
+    group_l2,
+    lamp,
+    macs_by_channel,
+    random,
+    taylor,
+)
 from distill.pruning.pruner import Pruner, cut_everywhere
 from distill.pruning.saliency import measure_saliency
 from students.plan import Plan, apply_plan, named_tensors
@@ -22,6 +31,58 @@ GROUP = ChannelGroup(
         Member("b.weight", 1, (0, 1, 2, 3), (0, 0, 1, 1)),
     ),
 )
+
+
+WEIGHTS = {
+    "a.weight": torch.tensor([[3.0, -4], [0, 0]]),
+    "a.bias": torch.tensor([100.0, 100]),
+    "b.weight": torch.tensor([[1.0, 0, 5, 0], [0, 1, 0, 0]]),
+}
+
+
+def test_l2_is_one_norm_over_all_that_a_channel_owns():
+    # sqrt(9 + 16 + 1 + 1) and sqrt(25), divided by their mean
+    expected = torch.tensor([27**0.5, 5.0])
+    torch.testing.assert_close(group_l2(GROUP, WEIGHTS), expected / expected.mean())
+
+
+def test_fpgm_spares_what_is_unlike_the_others():
+    group = ChannelGroup("a", 3, (Member("a.weight", 0, (0, 1, 2), (0, 1, 2)), Member("b.weight", 1, (0,), (0,))))
+    tensors = {"a.weight": torch.tensor([[1.0], [-1], [5]]), "b.weight": torch.tensor([[9.0]])}
+    # distances 2, 6 and 4 apart: 2 + 4, 2 + 6, 4 + 6, divided by the mean 8; signs count, the next layer does not
+    torch.testing.assert_close(fpgm(group, tensors), torch.tensor([6.0, 8, 10]) / 8)
+
+
+def test_scales_are_those_of_batch_norms_alone():
+    group = ChannelGroup("a", 2, (*GROUP.members, *(Member(f"n.{x}", 0, (0, 1), (0, 1)) for x in ("weight", "bias"))))
+    tensors = WEIGHTS | {"n.weight": torch.tensor([-2.0, 1]), "n.bias": torch.tensor([7.0, 7])}
+    with pytest.raises(ValueError, match="no batch norm follows a, so it has no scale to go by"):
+        bn_scale(group, tensors)  # a layer norm, for all one can see
+    assert bn_scale(group, tensors | {"n.running_mean": torch.zeros(2)}).tolist() == [2, 1]
+
+
+def test_lamp_compares_with_all_that_are_no_smaller():
+    group = ChannelGroup("a", 3, (Member("a.weight", 0, (0, 1, 2), (0, 1, 2)),))
+    # squared norms 1, 9 and 4: 1 / 14, 9 / 9 and 4 / 13
+    scores = lamp(group, {"a.weight": torch.tensor([[1.0], [-3], [2]])})
+    torch.testing.assert_close(scores, torch.tensor([1 / 14, 1, 4 / 13]))
+
+
+def test_random_repeats_itself():
+    assert torch.equal(random(GROUP, {}), random(GROUP, WEIGHTS))
+    other = ChannelGroup("b", 2, ())
+    assert not torch.equal(random(GROUP, {}), random(other, {}))
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_every_importance_cuts_a_student(build_unit, images, targets, importance):
+    unit = build_unit(channels=32)
+    unit.combiner.weights["feature_mimic"] = 0.0
+    pruner = Pruner(count_macs(unit.student, SIZE), SIZE, target=0.6, start=0, end=0, importance=importance)
+    pruner.check(unit)
+    saliency = measure_saliency(unit, None, [Batch(images, targets, [], [])]) if pruner.needs_saliency else None
+    cut_everywhere(pruner.plan(unit, 0, saliency), unit, None, torch.optim.SGD(unit.parameters(), 0.1))
+    assert count_macs(unit.student, SIZE) <= 0.6 * pruner.uncut_macs
 
 
 def test_taylor_sums_over_all_that_a_channel_owns():

@@ -1,6 +1,6 @@
 import pytest
 
-from distill.pruning.schedule import cubic_left, cuts_at
+from distill.pruning.schedule import cuts_at, share_left
 
 
 def test_cuts_end_at_the_end():
@@ -10,9 +10,19 @@ def test_cuts_end_at_the_end():
     assert cuts_at(4, 4, 1) == [4]
 
 
-def test_what_is_left_falls_on_a_cubic():
-    left = [cubic_left(epoch, 1, 4, 1, 0.2) for epoch in range(6)]
-    # four cuts, after which 3/4, 1/2, 1/4 and 0 of the way remain
-    assert left == pytest.approx([1.0, 0.2 + 0.8 * 27 / 64, 0.2 + 0.8 / 8, 0.2 + 0.8 / 64, 0.2, 0.2])
-    assert cubic_left(5, 5, 5, 1, 0.5) == 0.5
-    assert cubic_left(3, 1, 4, 2, 0.2) == pytest.approx(0.2 + 0.8 / 27)  # cuts before 1, 3 and 4
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [
+        # four cuts, after which 3/4, 1/2, 1/4 and 0 of the way remain
+        ("cubic", [1.0, 0.2 + 0.8 * 27 / 64, 0.2 + 0.8 / 8, 0.2 + 0.8 / 64, 0.2]),
+        ("linear", [1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("exponential", [1.0, 0.2**0.25, 0.2**0.5, 0.2**0.75, 0.2]),
+    ],
+)
+def test_what_is_left_after_each_of_four_cuts(shape, left):
+    assert [share_left(shape, cuts / 4, 0.2) for cuts in range(5)] == pytest.approx(left)
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="schedule: 'square' is not known; choose cubic, linear or exponential"):
+        share_left("square", 0.5, 0.2)
