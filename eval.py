@@ -18,7 +18,7 @@ from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, run_evaluation
 from distill.measure import measure_latency
 from distill.report import Report, human_ap
-from distill.run_folder import CONFIG
+from distill.run_folder import CONFIG, STUDENT
 from distill.schema import Config
 from distill.summary import COLUMNS, describe, table_rows
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--split", help="data.test otherwise, or data.val where there is no test split")
     parser.add_argument("--per-class", action="store_true", help="also AP of each class")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     overrides = [item for item in args.folders if "=" in item]
     folders = [Path(item) for item in args.folders if "=" not in item]
     try:
@@ -51,8 +51,12 @@ def main() -> int:
 
 def load_settings(folder: Path, config: str | None, overrides: list[str]) -> Config:
     """The settings that say where the data is."""
+    if (folder / STUDENT).is_dir():
+        raise UserError(f"{folder}: is a run; give the detector in it, {folder / STUDENT}")
     source = Path(config) if config else folder.resolve().parent / CONFIG
     if not source.is_file():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give a detector's, such as runs/x/student")
         raise UserError(f"{source}: no such file; name the config whose data to use with --config configs/NAME.yaml")
     return check_config(override(read_yaml(source), overrides), str(source))
 

@@ -18,7 +18,7 @@ import students
 from distill import build
 from distill.catalog import print_catalog
 from distill.checkpoint import Progress, load_checkpoint, save_checkpoint
-from distill.config import check_config, load_config
+from distill.config import check_config, load_config, override
 from distill.data import set_epoch
 from distill.distiller import Distiller
 from distill.distributed import on_main, release, share_buffers
@@ -43,24 +43,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.epochs=20")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its last whole epoch")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with an interrupted run from its last whole epoch, with key=value changed",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check and build everything, print the banner, train nothing"
     )
-    parser.add_argument("--list", action="store_true", help="list configs, detectors, losses and prunable things")
+    parser.add_argument("--list", action="store_true", help="list configs, detectors, losses and importances")
     args = parser.parse_intermixed_args()
     try:
         if args.list:
             print_catalog()
         elif args.resume:
-            if args.config or args.dry_run:
-                raise UserError(
-                    f"--resume goes on with the settings of {args.resume}; leave out {args.config or '--dry-run'}"
-                )
+            changes = [item for item in (args.config, *args.overrides) if item]
+            other = ["--dry-run"] * args.dry_run + [item for item in changes if "=" not in item]
+            if other:
+                raise UserError(f"--resume goes on with the settings of {args.resume}; leave out {other[0]}")
             run = RunFolder.open(args.resume)
             # the folder may have been moved since it was written
-            settings = run.config | {"output_dir": args.resume}
-            train(check_config(settings, str(run.config_file)), resume=True)
+            settings = override(run.config, [*changes, f"output_dir={args.resume}"])
+            config = check_config(settings, str(run.config_file))
+            if changes:
+                run.save_config(config.model_dump(mode="json"))
+            train(config, resume=True)
         elif args.config:
             train(load_config(args.config, args.overrides), dry_run=args.dry_run)
         else:
@@ -87,11 +94,14 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
     pruner = build.build_pruner(config, unit)
 
     run = RunFolder(config.output_dir)
-    if not resume and not dry_run:
+    if not resume:
         settings = config.model_dump(mode="json")
         trains_teacher = config.teacher is not None and config.teacher.path is None
         kept = [run.teacher.name, run.teacher_run.name] if trains_teacher else []
-        on_main(accelerator, lambda: RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=kept))
+        if dry_run:
+            run.check_free(config.overwrite, kept)
+        else:
+            on_main(accelerator, lambda: RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=kept))
     report = Report(None if dry_run else run.log_file, enabled=accelerator.is_main_process)
     report.banner(f"distill · {run.path}", banner_rows(config, data, unit, teacher, pruner, accelerator))
     for split in {id(s): s for s in (data.train, data.val, data.test)}.values():
@@ -161,9 +171,7 @@ def fit(
     evaluate_val = evaluation(data.val, accelerator)
     evaluate_test = evaluation(data.test, accelerator) if data.test is not data.val else evaluate_val
     teacher_ap = evaluate_val(teacher.detector).ap if teacher else None
-
     untouched = fingerprint(teacher.detector) if teacher else ""
-
     seconds: list[float] = []
     unreadable: set[str] = set()
     reported: set[str] = set()
@@ -200,7 +208,7 @@ def fit(
                 warmup=round(settings.warmup_epochs * len(loader)),
                 final=settings.final,
                 cut_step=progress.cut_step,
-                rewarm=config.pruning.warmup_steps if config.pruning else 0,
+                rewarm=min(config.pruning.warmup_steps, len(loader)) if config.pruning else 0,
             )
             set_rate(optimizer, rate)
             unit.combiner.step = epoch * len(loader) + step
@@ -209,7 +217,10 @@ def fit(
         if unit.terms and epoch % config.guards.every == 0:
             enter_step(0)
             batch = next(calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device, 1))
-            check_terms(unit, teacher, batch, config.guards.dominates)
+            for line in check_terms(unit, teacher, batch, config.guards.dominates):
+                if config.guards.dominating_term == "stop":
+                    raise UserError(line)
+                report.warn(line)
             check_unchanged(teacher, untouched)
 
         set_epoch(loader, epoch)

@@ -161,7 +161,7 @@ def build_unit(config: Config, class_names: list[str], teacher: Detector | None)
             raise UserError(str(error)) from None
     terms = {name: build_term(loss, student, teacher, name) for name, loss in config.losses.items()}
     combiner = Combiner(
-        {name: loss.weight for name, loss in config.losses.items()},
+        {name: config.weight_of(name) for name in config.losses},
         {name: WeightSchedule(**loss.schedule.model_dump()) for name, loss in config.losses.items()},
         config.train.epochs,
         config.balance,

@@ -13,7 +13,7 @@ from distill.errors import UserError
 from teachers import Teacher
 
 
-def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: float) -> None:
+def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: float) -> list[str]:
     """Looks at each knowledge term's gradient at the student's pyramid, as it is weighted at present.
 
     The unit is in train mode, as gradients are in training: before it, untrained batch norms would not normalise yet.
@@ -26,8 +26,11 @@ def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: floa
         batch: of training images, best with objects.
         dominates: how many times the task's gradient norm a term's may be.
 
+    Returns:
+        A line for each term that dominates.
+
     Raises:
-        UserError: a term that has no gradient, or one that dominates; or the teacher has been given gradients.
+        UserError: a term that has no gradient; or the teacher has been given gradients.
     """
     device = batch.images.device
     devices = [] if device.type == "cpu" else [device]
@@ -40,6 +43,7 @@ def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: floa
         module.training = training
     for buffer, before in buffers:
         buffer.copy_(before)
+    dominating = []
     for name, norm in zip(terms, norms):
         if not unit.combiner.weight(name):
             continue
@@ -49,13 +53,14 @@ def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: floa
         share = unit.combiner.share(name, task_norm, norm) if task_norm else 0.0
         if share > dominates:
             fitting = unit.combiner.weights[name] * dominates / share
-            raise UserError(
+            dominating.append(
                 f"losses.{name}: its gradient is {share:.0f} times the task's, more than guards.dominates, "
                 f"{dominates:g}; lower its weight below {fitting:.2g}, or say balance: gradient"
             )
     touched = [name for name, p in teacher.detector.named_parameters() if p.grad is not None or p.requires_grad]
     if touched:
         raise UserError(f"teacher: {touched[0]} takes part in training; a teacher must be frozen")
+    return dominating
 
 
 def check_losses(unit: Distiller) -> None:
@@ -64,8 +69,8 @@ def check_losses(unit: Distiller) -> None:
     if bad:
         way_out = "lower train.optimizer.lr" if bad[0] == "task" else f"lower losses.{bad[0]}.weight, or leave it out"
         raise UserError(
-            f"losses: {', '.join(bad)} became NaN or infinite in epoch {int(unit.combiner.epoch) + 1}; {way_out}, "
-            "and resume from the last whole epoch or start anew"
+            f"losses: {', '.join(bad)} became NaN or infinite in epoch {int(unit.combiner.epoch) + 1}; {way_out}: "
+            "train.py --resume RUN key=value goes on from the last whole epoch"
         )
 
 

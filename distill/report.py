@@ -21,6 +21,11 @@ HEARTBEAT = 30.0  # seconds between two signs of life where there is no live bar
 SPARE_COLUMNS = ("lr", "epoch_time", "AP75", "AP50", "macs_left", "teacher_share")  # first to go on a narrow terminal
 
 
+def counted(number: int, thing: str) -> str:
+    """Such as '1 epoch' and '2 epochs'."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def human_count(number: float | None) -> str:
     """3_400_000 -> '3.40M'; for parameters, images and the like."""
     return _scaled(number, ("", "K", "M", "B", "T"))

@@ -87,7 +87,7 @@ class RunFolder:
         """
         run = cls(path)
         text = _to_yaml(config)  # what cannot be written fails before anything is removed
-        run._check_free(overwrite, keep)
+        run.check_free(overwrite, keep)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._clear(keep)
@@ -185,7 +185,8 @@ class RunFolder:
         writer.writerows(rows)
         _write(self.results_file, text.getvalue())
 
-    def _check_free(self, overwrite: bool, keep: Sequence[str]) -> None:
+    def check_free(self, overwrite: bool, keep: Sequence[str] = ()) -> None:
+        """Raises a UserError if a new run may not take this folder; arguments as in `create`."""
         assert set(keep) <= set(REMOVED), f"a run owns {REMOVED}, not all of {keep}"
         if not self.path.exists():
             return

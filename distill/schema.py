@@ -1,14 +1,24 @@
 """Every setting of a run, checked by pydantic."""
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"found {value}; a number is needed")
+    return value
+
+
+# words such as 1e-3, which YAML does not take for a number, pass; bools and infinity, which are never meant, do not
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Pixels = Annotated[int, Field(ge=32, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
 class Section(BaseModel):
@@ -55,13 +65,13 @@ class DataConfig(Section):
     train: str = "train"
     val: str = "val"
     test: str | None = None
-    image_size: tuple[Count, Count]
+    image_size: tuple[Pixels, Pixels]
     resize: Literal["letterbox", "stretch"] = "letterbox"
     classes: list[str] | None = None
     class_map: dict[str, str | None] = {}
     unreadable: Literal["error", "skip"] = "error"
     batch_size: Count = 8
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, strict=True)] = 2
     augment: AugmentConfig = AugmentConfig()
     synthetic: SyntheticConfig | None = None
 
@@ -70,7 +80,7 @@ class DataConfig(Section):
     def _square(cls, value: Any) -> Any:
         if isinstance(value, list | tuple) and len(value) != 2:
             raise ValueError(f"found {value}; give [height, width] in pixels, or one number for a square")
-        return (value, value) if isinstance(value, int) else value
+        return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class OptimizerConfig(Section):
@@ -91,13 +101,19 @@ class ScheduleConfig(Section):
     shape: Literal["constant", "linear", "cosine"] = "constant"
     final: Share = 0.0
     warmup_epochs: NotNegative = 0.0
-    stop_epoch: Annotated[int, Field(ge=0)] | None = None
+    stop_epoch: Annotated[int, Field(ge=0, strict=True)] | None = None
 
 
 class TermConfig(Section):
-    """What every knowledge term has; the other settings of each are those of its class in `distill.terms`."""
+    """What every knowledge term has; the other settings of each are those of its class in `distill.terms`.
 
-    weight: NotNegative = 1.0  # with balance: gradient, the share of the task's gradient
+    A weight that is left out is 1, or where the loss is a sum over locations what its authors give it. With balance:
+    gradient, a weight is the share of the task's gradient, and 1 if left out.
+    """
+
+    published_weight: ClassVar[float] = 1.0
+
+    weight: NotNegative | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     levels: list[str] | None = None  # such as [P3, P4]; all that student and teacher share if null
 
@@ -132,7 +148,13 @@ class FeatureTermConfig(TermConfig):
 
 
 class MimicConfig(FeatureTermConfig):
-    name: Literal["plain_mimic", "pkd", "score_weighted_mimic", "masked_mimic"]
+    name: Literal["plain_mimic", "pkd", "score_weighted_mimic"]
+
+
+class MaskedMimicConfig(FeatureTermConfig):
+    published_weight = 0.01
+
+    name: Literal["masked_mimic"]
 
 
 class CWDConfig(FeatureTermConfig):
@@ -141,8 +163,10 @@ class CWDConfig(FeatureTermConfig):
 
 
 class MGDConfig(FeatureTermConfig):
+    published_weight = 2e-5
+
     name: Literal["mgd"]
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.65
+    mask_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.65
 
 
 class FGDConfig(FeatureTermConfig):
@@ -162,6 +186,8 @@ class AttentionTransferConfig(TermConfig):
 
 
 class FGDAttentionConfig(FeatureTermConfig):
+    published_weight = 8e-4
+
     name: Literal["fgd_attention"]
     temperature: Positive = 0.5
 
@@ -179,7 +205,7 @@ class AttentionGuidedConfig(TermConfig):
 # by the family that they belong to
 LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
     "soft labels": (DenseSigmoidConfig, BoxMimicConfig, CrossKDConfig, PseudoLabelConfig),
-    "feature mimic": (MimicConfig, CWDConfig, MGDConfig, FGDConfig),
+    "feature mimic": (MimicConfig, MaskedMimicConfig, CWDConfig, MGDConfig, FGDConfig),
     "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
 }
 LossConfig = Annotated[
@@ -191,9 +217,9 @@ LossConfig = Annotated[
 class PruningConfig(Section):
     """Channels are cut at the start of the epochs `start` to `end`, `every` so many."""
 
-    target: Annotated[float, Field(gt=0, lt=1)]  # MACs left at the end, as a share of the uncut student's
-    start: Annotated[int, Field(ge=0)]
-    end: Annotated[int, Field(ge=0)]
+    target: Annotated[Number, Field(gt=0, lt=1)]  # MACs left at the end, as a share of the uncut student's
+    start: Annotated[int, Field(ge=0, strict=True)]
+    end: Annotated[int, Field(ge=0, strict=True)]
     every: Count = 1
     schedule: Literal["cubic", "linear", "exponential"] = "cubic"  # how much each of the cuts takes
     importance: Literal["group_l1", "group_l2", "fpgm", "bn_scale", "lamp", "taylor", "random"] = "group_l1"
@@ -201,13 +227,15 @@ class PruningConfig(Section):
     per_macs: bool = False  # with global ranking: the weakest for what they cost
     floor: Share = 0.0  # what every group keeps of its width
     round_to: Count = 8
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 20
     evaluate: bool = False  # AP right after each cut, before any training
 
     @model_validator(mode="after")
     def _ordered(self) -> "PruningConfig":
         if self.end < self.start:
             raise ValueError(f"end ({self.end}) lies before start ({self.start}); cuts go from start to end")
+        if self.per_macs and self.ranking == "uniform":
+            raise ValueError("per_macs changes nothing where every group loses the same share; say ranking: global")
         return self
 
 
@@ -216,6 +244,9 @@ class GuardConfig(Section):
 
     every: Count = 5  # epochs between looks at the terms' gradients and at the teacher, the first one at the start
     dominates: Positive = 100.0  # how many times the task's gradient a term's may be
+    dominating_term: Literal["warn", "stop"] = (
+        "warn"  # where it is more; at first it may be, as the task's is still flat
+    )
     bad_term: Literal["stop", "skip"] = "stop"  # where a term is no number
 
 
@@ -243,6 +274,9 @@ class TeacherConfig(Section):
         return self
 
 
+RESERVED = ("epoch", "task", "macs", "lr", "seconds", "macs_left", "teacher_share", "epoch_time", "time_left")
+
+
 class Config(Section):
     output_dir: str
     overwrite: bool = False
@@ -257,8 +291,18 @@ class Config(Section):
     pruning: PruningConfig | None = None
     train: TrainConfig = TrainConfig()
 
+    def weight_of(self, name: str) -> float:
+        """The weight of a knowledge term, given or not."""
+        loss = self.losses[name]
+        if loss.weight is not None:
+            return loss.weight
+        return 1.0 if self.balance == "gradient" else loss.published_weight
+
     @model_validator(mode="after")
     def _agree(self) -> "Config":
+        taken = [name for name in self.losses if name in RESERVED or name.startswith("ap")]
+        if taken:
+            raise ValueError(f"losses.{taken[0]}: a column of results.csv has this name already; give it another")
         if self.losses and self.teacher is None:
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
         if self.inherit and self.teacher is None:

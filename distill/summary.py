@@ -10,7 +10,7 @@ from distill.distiller import Distiller
 from distill.evaluation import EvaluationResult
 from distill.measure import count_macs, count_parameters
 from distill.pruning.pruner import Pruner
-from distill.report import human_ap, human_count, human_macs, human_share
+from distill.report import counted, human_ap, human_count, human_macs, human_share
 from distill.schema import Config
 from students import Detector
 
@@ -32,7 +32,7 @@ def banner_rows(
     height, width = config.data.image_size
     backbone = unit.student.recipe["backbone"]
     processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
-    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if accelerator.device.type == "cpu" else ""
     rows = {
         "Devices": f"{processes}{accelerator.device.type}{threads}, mixed precision: {accelerator.mixed_precision}",
         "Data": f"{config.data.root} ({data.train.index.format}): "
@@ -47,7 +47,7 @@ def banner_rows(
     if unit.terms:
         share = " of the task's gradient" if config.balance == "gradient" else ""
         rows["Distillation"] = ", ".join(
-            f"{name}: {loss.name} x {loss.weight:g}{share}" for name, loss in config.losses.items()
+            f"{name}: {loss.name} x {config.weight_of(name):g}{share}" for name, loss in config.losses.items()
         )
         term = next(iter(unit.terms.values()))
         pairs = (f"{unit.student.strides[i]}" for i, _ in term.pairs)
@@ -55,9 +55,9 @@ def banner_rows(
     if pruner:
         number = len(pruner.epochs)
         when = f"before epoch {pruner.epochs[0] + 1}" + (f" to {pruner.epochs[-1] + 1}" if number > 1 else "")
-        rows["Pruning"] = f"to {pruner.target:.0%} of the MACs, {number} cut{'s' * (number > 1)} {when}"
+        rows["Pruning"] = f"to {pruner.target:.0%} of the MACs, {counted(number, 'cut')} {when}"
     rows["Training"] = (
-        f"{config.train.epochs} epochs, batches of {config.data.batch_size} a process, seed {config.seed}"
+        f"{counted(config.train.epochs, 'epoch')}, batches of {config.data.batch_size} a process, seed {config.seed}"
     )
     rows["Output"] = config.output_dir
     return rows

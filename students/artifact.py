@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 
 from students.dense import DenseDetector
 from students.detector import Detector
@@ -50,7 +51,8 @@ def save(detector: Detector, folder: str | Path, info: dict[str, Any] | None = N
         recipe = {"recipe": detector.recipe, "info": info or {}}
         (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
         (new / PLANS).write_text(json.dumps([plan.to_json() for plan in detector.plans]) + "\n")
-        save_file({key: value.contiguous() for key, value in detector.state_dict().items()}, new / WEIGHTS)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+        (new / WEIGHTS).write_bytes(to_safetensors(tensors))  # safetensors' own files can be read by their owner alone
         if folder.exists():
             os.replace(folder, staged / "older")
         os.replace(new, folder)
@@ -65,7 +67,8 @@ def load(folder: str | Path) -> Detector:
     folder = Path(folder)
     missing = [name for name in (RECIPE, PLANS, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder}: is no detector folder, it has no {missing[0]}; give one such as runs/x/student")
+        near = folder / "student" if (folder / "student").is_dir() else "one such as runs/x/student"
+        raise ValueError(f"{folder}: is no detector folder, it has no {missing[0]}; give {near}")
     try:
         detector = build(**json.loads((folder / RECIPE).read_text())["recipe"])
         for plan in map(Plan.from_json, json.loads((folder / PLANS).read_text())):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -65,14 +67,14 @@ def test_a_term_without_gradient_is_named(make, batch):
 
 def test_a_term_that_dominates_is_named_with_a_weight_that_fits(make, batch):
     unit, teacher = make(PKDTerm, 1e6)
-    with pytest.raises(UserError, match=r"losses.it: its gradient is \d+ times the task's, .* below ") as error:
-        check_terms(unit, teacher, batch, 100.0)
-    fitting = float(str(error.value).partition("below ")[2].partition(",")[0])
+    [line] = check_terms(unit, teacher, batch, 100.0)
+    assert re.match(r"losses.it: its gradient is \d+ times the task's, .* below ", line)
+    fitting = float(line.partition("below ")[2].partition(",")[0])
     unit.combiner.weights["it"] = 0.9 * fitting
-    check_terms(unit, teacher, batch, 100.0)
+    assert check_terms(unit, teacher, batch, 100.0) == []
     # as a share of the task's gradient it is what it says
     unit.combiner = Combiner({"it": 0.5}, balance="gradient")
-    check_terms(unit, teacher, batch, 100.0)
+    assert check_terms(unit, teacher, batch, 100.0) == []
 
 
 def test_a_teacher_that_learns_is_named(make, batch):
