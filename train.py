@@ -80,10 +80,13 @@ def main() -> int:
             "interrupted; its whole epochs are kept: go on with train.py --resume and its output_dir", file=sys.stderr
         )
         return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
-def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
+def train(config: Config, resume: bool = False, dry_run: bool = False, role: str = "student") -> None:
     """One run, from settings to the last table; a teacher that must be trained first is a run of its own."""
     accelerator = Accelerator()
     on_main(accelerator, lambda: build.draw_data(config.data))
@@ -103,7 +106,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
         else:
             on_main(accelerator, lambda: RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=kept))
     report = Report(None if dry_run else run.log_file, enabled=accelerator.is_main_process)
-    report.banner(f"distill · {run.path}", banner_rows(config, data, unit, teacher, pruner, accelerator))
+    report.banner(f"distill · {run.path}", banner_rows(config, data, unit, teacher, pruner, accelerator, role))
     for split in {id(s): s for s in (data.train, data.val, data.test)}.values():
         for note in split.index.notes.summary():
             report.warn(f"{config.data.root}, {split.index.split}: {note}")
@@ -113,7 +116,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> None:
 
     if config.teacher is not None and config.teacher.path is None:
         teacher = train_teacher(config, run, report, accelerator)
-    fit(config, data, unit, pruner, teacher, run, report, accelerator)
+    fit(config, data, unit, pruner, teacher, run, report, accelerator, role)
 
 
 def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -127,7 +130,7 @@ def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: A
         report.say(f"teacher: {training.path} is finished and has the same settings; it is reused")
     else:
         report.say(f"teacher: is trained first, in {training.path}")
-        train(settings, resume=same)
+        train(settings, resume=same, role="teacher")
         accelerator.wait_for_everyone()  # until the main process has saved it
         report.say(f"teacher: is trained; now the student, in {run.path}")
     teacher = students.load(training.student)
@@ -145,6 +148,7 @@ def fit(
     run: RunFolder,
     report: Report,
     accelerator: Accelerator,
+    role: str,
 ) -> None:
     """Trains the unit, from its last checkpoint if there is one, and writes what it was worth."""
     settings, image_size = config.train.optimizer, config.data.image_size
@@ -255,7 +259,7 @@ def fit(
         row |= {"time_left": sum(recent) / len(recent) * (config.train.epochs - epoch - 1)}
         report.epoch_row(row if pruner else {key: value for key, value in row.items() if key != "macs_left"})
 
-    finish(config, kept, teacher, evaluate_test, progress, run, report, accelerator)
+    finish(config, kept, teacher, evaluate_test, progress, run, report, accelerator, role)
 
 
 def train_epoch(
@@ -330,6 +334,7 @@ def finish(
     run: RunFolder,
     report: Report,
     accelerator: Accelerator,
+    role: str,
 ) -> None:
     """Saves the student, writes the summary and prints the table that compares it with its teacher."""
     image_size = config.data.image_size
@@ -347,7 +352,7 @@ def finish(
     students.save(kept, run.student, info | {"split": config.data.test or config.data.val, **after})
     run.write_summary({**entries, "split": config.data.test or config.data.val, "epochs": config.train.epochs})
     before = f"student before cutting, epoch {progress.before['epoch']}" if progress.before else ""
-    titles = {"teacher": "teacher", "student_before": before, "student": "student"}
+    titles = {"teacher": "teacher", "student_before": before, "student": role}
     split = config.data.test or config.data.val
     report.table(
         f"{run.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {accelerator.device.type}",

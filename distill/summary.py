@@ -27,8 +27,9 @@ def banner_rows(
     teacher: Detector | None,
     pruner: Pruner | None,
     accelerator: Accelerator,
+    role: str,
 ) -> dict[str, str]:
-    """The rows of a run's banner, by heading."""
+    """The rows of a run's banner, by heading; `role` is what the detector that is trained plays, student or teacher."""
     height, width = config.data.image_size
     backbone = unit.student.recipe["backbone"]
     processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
@@ -39,7 +40,7 @@ def banner_rows(
         + f"{len(data.train.index)} train, {len(data.val.index)} val"
         + (f", {len(data.test.index)} test" if data.test is not data.val else "")
         + f"; {len(data.class_names)} classes; {width}x{height} px",
-        "Student": f"{backbone}: {size(unit.student, config.data.image_size)}",
+        role.capitalize(): f"{backbone}: {size(unit.student, config.data.image_size)}",
     }
     if teacher is not None:
         source = config.teacher.path or "trained first"

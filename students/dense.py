@@ -46,7 +46,9 @@ class DenseDetector(Detector):
         super().__init__()
         if not class_names:
             raise ValueError("class_names: the list of classes is empty; a detector needs at least one")
-        if not levels or list(levels) != list(range(levels[0], levels[0] + len(levels))):
+        if not levels:
+            raise ValueError("levels: the list is empty; give the pyramid's levels, such as [3, 4, 5]")
+        if list(levels) != list(range(levels[0], levels[0] + len(levels))):
             raise ValueError(f"levels: {list(levels)} must ascend without gaps, such as [3, 4, 5]")
         from_backbone = [level for level in levels if level <= 5]
         if not from_backbone:

@@ -32,6 +32,8 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
         UserError: the file is not valid json, or an entry lacks a key or points to an entry that does not exist.
     """
     content = _load(source)
+    if not content["categories"] and content["annotations"]:
+        raise UserError(f"{source}: 'categories' is empty; list the classes there, each with 'id' and 'name'")
     try:
         categories = sorted(content["categories"], key=lambda category: category["id"])
         class_names = list(dict.fromkeys(str(category["name"]) for category in categories))

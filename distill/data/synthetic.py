@@ -44,7 +44,7 @@ def draw_scenes(
     Scene i of a split depends on the seed, the split, i and the sizes alone. Boxes hold what can be seen of an object.
 
     Args:
-        root: folder to make; replaced if it holds scenes that were drawn with other settings or are incomplete.
+        root: folder to make; replaced if it holds scenes that are incomplete or of an older drawer.
         train: number of scenes.
         val: number of scenes.
         image_size: height and width in pixels.
@@ -56,7 +56,7 @@ def draw_scenes(
         The folder.
 
     Raises:
-        UserError: the folder holds something else, or a number is too small.
+        UserError: the folder holds something else or scenes of other settings, or a number is too small.
     """
     root = Path(root)
     for name, value, least in (
@@ -79,7 +79,7 @@ def draw_scenes(
     wanted = {"drawer": DRAWER, **counts, **settings}
     if _is_complete(root, wanted):
         return root
-    _check_replaceable(root)
+    _check_replaceable(root, wanted)
 
     root.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -245,12 +245,20 @@ def _is_complete(root: Path, wanted: dict) -> bool:
     return True
 
 
-def _check_replaceable(root: Path) -> None:
+def _check_replaceable(root: Path, wanted: dict) -> None:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return
-    drawers = [str(_read_content(root, split).get("info", {}).get("drawer", "")) for split in ("train", "val")]
-    if not any(drawer.startswith("distill.data.synthetic ") for drawer in drawers):
+    infos = [_read_content(root, split).get("info", {}) for split in ("train", "val")]
+    if not any(str(info.get("drawer", "")).startswith("distill.data.synthetic ") for info in infos):
         raise UserError(f"{root}: holds something other than drawn scenes; give an empty or a new folder")
+    # scenes of an older drawer are replaced, and so is what is incomplete; what other runs may stand on is not
+    other = next((info for info in infos if info.get("drawer") == DRAWER and info != wanted), None)
+    if other:
+        key = next(key for key in wanted if other.get(key) != wanted[key])
+        raise UserError(
+            f"{root}: holds scenes drawn with {key} {other.get(key)}, not {wanted[key]}; "
+            "give another folder (data.root), or delete this one"
+        )
 
 
 def _swap(drawn: Path, root: Path, old: Path, wanted: dict) -> None:

@@ -68,6 +68,8 @@ def _as_paths(value: object) -> list[str]:
 
 
 def _read_names(source: Path, names: object) -> list[str]:
+    if not names and isinstance(names, list | dict):
+        raise UserError(f"{source}: names is empty; list the classes there")
     if isinstance(names, list):
         return [str(name) for name in names]
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):

@@ -52,7 +52,10 @@ def meet_macs(
     round_to: int,
     floors: Sequence[int],
 ) -> tuple[Plan, int]:
-    """The mildest plan under one global threshold that leaves the student at most `macs`, found by bisection.
+    """The mildest plan that leaves the student at most `macs`, found by bisection.
+
+    One threshold on the scores holds for all groups; but of those that lose channels at the last step of the threshold,
+    only as many do as it takes.
 
     Args:
         unit: the traced module, which holds the student as `student`.
@@ -69,20 +72,33 @@ def meet_macs(
     """
     tensors = named_tensors(unit)
 
-    def attempt(threshold: float) -> tuple[Plan, int]:
-        plan = make_plan(groups, scores, keep_counts(scores, threshold, round_to, floors), tensors)
+    def attempt(counts: Sequence[int]) -> tuple[Plan, int]:
+        plan = make_plan(groups, scores, counts, tensors)
         trial = copy.deepcopy(student).to("meta")
         apply_plan([(trial, plan.below("student."))])
         return plan, count_macs(trial)
 
-    steps = torch.unique(torch.cat([*scores, torch.tensor([float("inf")])]))
-    low, high = 0, len(steps) - 1  # thresholds between two scores cut alike, so bisect over the scores themselves
-    best = attempt(float(steps[high]))
+    # thresholds between two scores cut alike, so bisect over the scores themselves
+    thresholds = torch.unique(torch.cat([*scores, torch.tensor([float("inf")])])).tolist()
+    counts_at = lambda n: keep_counts(scores, thresholds[n], round_to, floors)  # noqa: E731
+    low, high = 0, len(thresholds) - 1
+    best = attempt(counts_at(high))
     while low < high:
         middle = (low + high) // 2
-        plan, left = attempt(float(steps[middle]))
-        if left <= macs:
-            best, high = (plan, left), middle
+        tried = attempt(counts_at(middle))
+        if tried[1] <= macs:
+            best, high = tried, middle
         else:
             low = middle + 1
+    if low == 0:
+        return best
+
+    # that threshold takes from several groups at once: give back what was not needed, the most valuable first
+    milder, counts = counts_at(low - 1), counts_at(low)
+    differing = [g for g in range(len(groups)) if milder[g] != counts[g]]
+    value = {g: float(scores[g].sort().values[groups[g].width - milder[g]]) for g in differing}
+    for g in sorted(differing, key=value.get, reverse=True) if len(differing) > 1 else ():
+        tried = attempt([*counts[:g], milder[g], *counts[g + 1 :]])
+        if tried[1] <= macs:
+            best, counts[g] = tried, milder[g]
     return best

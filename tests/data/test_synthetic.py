@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from distill.data import open_index
+from distill.data import open_index, synthetic
 from distill.data.shapes import CLASSES
 from distill.data.synthetic import draw_scene, draw_scenes, main
 from distill.errors import UserError
@@ -64,13 +64,24 @@ def test_scenes_on_disk_are_reused(tmp_path):
     assert times(root) == before
 
 
-def test_other_settings_or_incomplete_scenes_are_redrawn(tmp_path):
+def test_scenes_of_other_settings_are_left_alone(tmp_path):
     root = draw_scenes(tmp_path / "scenes", train=2, val=1, image_size=64)
     whole = digest(root)
-    draw_scenes(root, train=3, val=1, image_size=64)
-    assert len(open_index(root, "train")) == 3
-    draw_scenes(root, train=2, val=1, image_size=64)
+    with pytest.raises(UserError, match=r"scenes: holds scenes drawn with train 2, not 3; give another folder"):
+        draw_scenes(root, train=3, val=1, image_size=64)
+    with pytest.raises(UserError, match="drawn with seed 0, not 1"):
+        draw_scenes(root, train=2, val=1, image_size=64, seed=1)
     assert digest(root) == whole
+
+
+def test_older_or_incomplete_scenes_are_redrawn(tmp_path, monkeypatch):
+    root = draw_scenes(tmp_path / "scenes", train=2, val=1, image_size=64)
+    with monkeypatch.context() as older:
+        older.setattr(synthetic, "DRAWER", "distill.data.synthetic 0")
+        draw_scenes(root, train=3, val=1, image_size=64)
+    draw_scenes(root, train=2, val=1, image_size=64)
+    assert len(open_index(root, "train")) == 2
+    whole = digest(root)
     for lost in ("images/train/000002.jpg", "annotations/val.json", "annotations/train.json"):
         (root / lost).unlink()
         draw_scenes(root, train=2, val=1, image_size=64)
