@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be this file
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be this file
 
 from benchmarks.arms import ROOT, interval, markdown, run_arm, setting
 from distill import build
