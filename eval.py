@@ -20,7 +20,7 @@ from distill.measure import measure_latency
 from distill.report import Report, human_ap
 from distill.run_folder import CONFIG, STUDENT
 from distill.schema import Config
-from distill.summary import COLUMNS, describe, table_rows
+from distill.summary import comparison, describe
 
 
 def main() -> int:
@@ -87,8 +87,7 @@ def evaluate(folders: list[Path], config: Config, split: str | None, per_class: 
             "latency_ms": measure_latency(detector, image_size)
         }
     title = f"{config.data.root}, {split}: {len(images.index)} images; latency of one image on {device}"
-    rows = table_rows(entries, reference=str(folders[-1]) if len(folders) > 1 else None)
-    report.table(title, COLUMNS, rows)
+    report.table(title, *comparison(entries, reference=str(folders[-1]) if len(folders) > 1 else None))
     sizes = ("ap_small", "ap_medium", "ap_large")
     report.table("AP by size", ("", *sizes), [[name, *(human_ap(e[s]) for s in sizes)] for name, e in entries.items()])
     if per_class:

@@ -34,7 +34,7 @@ from distill.pruning.saliency import measure_saliency
 from distill.report import Report, StepProgress, human_count
 from distill.run_folder import RunFolder
 from distill.schema import Config
-from distill.summary import COLUMNS, banner_rows, describe, size, table_rows
+from distill.summary import banner_rows, comparison, describe, size
 from students import Detector
 from teachers import Teacher, inherit
 
@@ -356,8 +356,7 @@ def finish(
     split = config.data.test or config.data.val
     report.table(
         f"{run.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {accelerator.device.type}",
-        COLUMNS,
-        table_rows({title: entries[name] for name, title in titles.items()}, reference="teacher"),
+        *comparison({title: entries[name] for name, title in titles.items()}, "teacher" if teacher else None),
     )
 
 

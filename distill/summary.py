@@ -79,30 +79,23 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
     }
 
 
-COLUMNS = ("", "AP", "AP50", "AP75", "of teacher", "params", "MACs", "latency")
-
-
-def table_rows(entries: dict[str, dict[str, Any] | None], reference: str | None = None) -> list[list[str | None]]:
-    """Rows under `COLUMNS`; missing entries are left out.
+def comparison(
+    entries: dict[str, dict[str, Any] | None], reference: str | None = None
+) -> tuple[tuple[str, ...], list[list[str | None]]]:
+    """Columns and rows of the table that compares detectors; missing entries are left out.
 
     Args:
         entries: entries of a summary, by the title of their row.
-        reference: the title of the teacher, whose AP the others are compared with.
+        reference: the title of the teacher, whose AP the others are compared with; no such column without it.
     """
-    teacher_ap = (entries.get(reference) or {}).get("ap")
+    teacher = entries.get(reference)
     rows = []
     for title, entry in entries.items():
         if entry is None:
             continue
-        share = entry["ap"] / teacher_ap if teacher_ap and entry["ap"] is not None else None
-        rows.append(
-            [
-                title,
-                *(human_ap(entry[key]) for key in ("ap", "ap50", "ap75")),
-                human_share(share),
-                human_count(entry["params"]),
-                human_macs(entry["macs"]),
-                f"{entry['latency_ms']:.1f} ms",
-            ]
-        )
-    return rows
+        scores = [human_ap(entry[key]) for key in ("ap", "ap50", "ap75")]
+        share = entry["ap"] / teacher["ap"] if teacher and teacher["ap"] and entry["ap"] is not None else None
+        shares = [human_share(share)] if teacher else []
+        cost = [human_count(entry["params"]), human_macs(entry["macs"]), f"{entry['latency_ms']:.1f} ms"]
+        rows.append([title, *scores, *shares, *cost])
+    return ("", "AP", "AP50", "AP75", *(["of teacher"] if teacher else []), "params", "MACs", "latency"), rows
