@@ -2,11 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losses.precision import at_least_float32
 from students import DenseOutput, Detector
 
 Targets = Sequence[dict[str, Tensor]]
@@ -56,10 +57,7 @@ class KnowledgeTerm(nn.Module, ABC):
     Attributes:
         pairs: (student level, teacher level) of equal stride.
         level_names: the pairs' names, such as P3.
-        needs_targets: whether it looks at the ground truth.
     """
-
-    needs_targets = False
 
     def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None):
         super().__init__()
@@ -100,10 +98,19 @@ class FeatureTerm(KnowledgeTerm):
         teacher: likewise.
         levels: likewise.
         kernel: of the adapter, a convolution: 1 or 3.
+        settings: the loss's own, handed on as they are.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None, kernel: int = 1):
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector,
+        levels: Sequence[str] | None = None,
+        kernel: int = 1,
+        **settings: float,
+    ):
         super().__init__(student, teacher, levels)
+        self.settings = settings
         self.adapters = nn.ModuleDict(
             {
                 name: nn.Conv2d(student.feature_channels[i], teacher.feature_channels[j], kernel, padding=kernel // 2)
@@ -116,7 +123,9 @@ class FeatureTerm(KnowledgeTerm):
     ) -> Tensor:
         adapted = self.traced(student.features)
         return sum(
-            self.level_loss(name, x, resize_like(teacher.features[j], x), teacher.class_logits[j], targets, image_size)
+            self.level_loss(
+                name, x, *(resize_like(y[j], x) for y in (teacher.features, teacher.class_logits)), targets, image_size
+            )
             for name, x, (_, j) in zip(self.level_names, adapted, self.pairs)
         )
 
@@ -132,6 +141,11 @@ class FeatureTerm(KnowledgeTerm):
     ) -> Tensor:
         """The loss of one level, of two maps (B, C, H, W) of the same shape; other arguments as in `forward`."""
 
+    def at_each_level(self, build: Callable[..., nn.Module], teacher: Detector) -> nn.ModuleDict:
+        """A module of its own for each level, of the teacher's width and the term's settings."""
+        widths = (teacher.feature_channels[j] for _, j in self.pairs)
+        return nn.ModuleDict({name: build(c, **self.settings) for name, c in zip(self.level_names, widths)})
+
     def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         return [adapter(features[i]) for adapter, (i, _) in zip(self.adapters.values(), self.pairs)]
 
@@ -144,4 +158,4 @@ def resize_like(teacher: Tensor, student: Tensor) -> Tensor:
     """The teacher's map (B, C, H, W) at the student's height and width; bilinear where they differ."""
     if teacher.shape[2:] == student.shape[2:]:
         return teacher
-    return F.interpolate(teacher.float(), student.shape[2:], mode="bilinear", align_corners=False)
+    return F.interpolate(at_least_float32(teacher), student.shape[2:], mode="bilinear", align_corners=False)

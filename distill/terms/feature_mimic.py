@@ -1,8 +1,6 @@
 """Knowledge in the pyramid's features: maps behind an adapter each, pulled towards the teacher's."""
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.terms.base import FeatureTerm, Targets
 from distill.terms.soft_label import best_scores
@@ -34,8 +32,6 @@ class ScoreWeightedMimicTerm(FeatureTerm):
 class MaskedMimicTerm(FeatureTerm):
     """See `losses.masked_mimic`; the mask is where the ground truth has boxes."""
 
-    needs_targets = True
-
     def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
         mask = foreground_mask(boxes_of(targets, student), image_size, tuple(student.shape[2:]))
         return masked_mimic(student, teacher, mask)
@@ -44,35 +40,16 @@ class MaskedMimicTerm(FeatureTerm):
 class CWDTerm(FeatureTerm):
     """See `losses.cwd`."""
 
-    def __init__(
-        self,
-        student: Detector,
-        teacher: Detector,
-        levels: Sequence[str] | None = None,
-        kernel: int = 1,
-        temperature: float = 1.0,
-    ):
-        super().__init__(student, teacher, levels, kernel)
-        self.temperature = temperature
-
     def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return cwd(student, teacher, self.temperature)
+        return cwd(student, teacher, **self.settings)
 
 
 class MGDTerm(FeatureTerm):
     """See `losses.MGD`; each level has a generation block of its own."""
 
-    def __init__(
-        self,
-        student: Detector,
-        teacher: Detector,
-        levels: Sequence[str] | None = None,
-        kernel: int = 1,
-        mask_ratio: float = 0.65,
-    ):
-        super().__init__(student, teacher, levels, kernel)
-        widths = [teacher.feature_channels[j] for _, j in self.pairs]
-        self.levels = nn.ModuleDict({name: MGD(c, mask_ratio) for name, c in zip(self.level_names, widths)})
+    def __init__(self, student: Detector, teacher: Detector, *arguments, **settings):
+        super().__init__(student, teacher, *arguments, **settings)
+        self.levels = self.at_each_level(MGD, teacher)
 
     def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
         return self.levels[name](student, teacher)
@@ -81,19 +58,9 @@ class MGDTerm(FeatureTerm):
 class FGDTerm(FeatureTerm):
     """See `losses.FGD`; each level has relation blocks of its own."""
 
-    needs_targets = True
-
-    def __init__(
-        self,
-        student: Detector,
-        teacher: Detector,
-        levels: Sequence[str] | None = None,
-        kernel: int = 1,
-        **weights: float,
-    ):
-        super().__init__(student, teacher, levels, kernel)
-        widths = [teacher.feature_channels[j] for _, j in self.pairs]
-        self.levels = nn.ModuleDict({name: FGD(c, **weights) for name, c in zip(self.level_names, widths)})
+    def __init__(self, student: Detector, teacher: Detector, *arguments, **settings):
+        super().__init__(student, teacher, *arguments, **settings)
+        self.levels = self.at_each_level(FGD, teacher)
 
     def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
         return self.levels[name](student, teacher, boxes_of(targets, student), image_size)

@@ -44,19 +44,8 @@ class AttentionTransferTerm(KnowledgeTerm):
 class FGDAttentionTerm(FeatureTerm):
     """See `losses.fgd_attention`: the attention part of FGD by itself."""
 
-    def __init__(
-        self,
-        student: Detector,
-        teacher: Detector,
-        levels: Sequence[str] | None = None,
-        kernel: int = 1,
-        temperature: float = 0.5,
-    ):
-        super().__init__(student, teacher, levels, kernel)
-        self.temperature = temperature
-
     def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return fgd_attention(student, teacher, self.temperature)
+        return fgd_attention(student, teacher, **self.settings)
 
 
 class AttentionGuidedTerm(KnowledgeTerm):
