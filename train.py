@@ -220,8 +220,10 @@ def fit(
 
         if unit.terms and epoch % config.guards.every == 0:
             enter_step(0)
-            batch = next(calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device, 1))
-            for line in check_terms(unit, teacher, batch, config.guards.dominates):
+            batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device)
+            # some losses are silent, and rightly so, where there is no object
+            batch = next((b for b in batches if any(len(target["labels"]) for target in b.targets)), None)
+            for line in check_terms(unit, teacher, batch, config.guards.dominates) if batch else ():
                 if config.guards.dominating_term == "stop":
                     raise UserError(line)
                 report.warn(line)
