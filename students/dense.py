@@ -32,6 +32,8 @@ class DenseDetector(Detector):
         ValueError: settings that cannot be met, each named.
     """
 
+    anchors = 1
+
     def __init__(
         self,
         class_names: list[str],

@@ -16,16 +16,23 @@ from students.plan import Plan
 class DenseOutput(NamedTuple):
     """What a dense one-stage detector's forward pass returns; tuples have one entry a pyramid level, fine to coarse.
 
+    A head makes A predictions at every location, one without anchors, else one an anchor; channels go prediction by
+    prediction, so that `unflatten(1, (A, -1))` takes them apart.
+
     Attributes:
         features: pyramid maps, (B, C, H, W) each.
-        class_logits: (B, K, H, W) each, before the sigmoid; no background class.
-        box_distances: (B, 4, H, W) each: left, top, right and bottom distance from the location to the box's edges, in
-            units of the level's stride, never negative.
+        class_logits: (B, A*K, H, W) each, before the sigmoid; no background class.
+        box_distances: (B, A*4, H, W) each: left, top, right and bottom distance from the centre of the cell to the
+            box's edges, in units of the level's stride; negative where an anchored box does not hold the centre.
+        box_logits: (B, A*4*bins, H, W) each, edge by edge: the distribution over distances of 0 to bins - 1 strides
+            whose mean the distance is, before the softmax (Generalized Focal Loss, arXiv 2006.04388); empty for heads
+            that tell one distance only.
     """
 
     features: tuple[Tensor, ...]
     class_logits: tuple[Tensor, ...]
     box_distances: tuple[Tensor, ...]
+    box_logits: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -50,11 +57,15 @@ class Detector(nn.Module, ABC):
         class_names: the names that labels stand for, in label order.
         recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
+        anchors: predictions that a dense head makes at each location; 0 for a detector without one.
+        box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
     """
 
     class_names: list[str]
     recipe: dict[str, Any]
     plans: list[Plan]
+    anchors: int = 0
+    box_bins: int = 0
 
     @abstractmethod
     def forward(self, images: Tensor) -> DenseOutput:
