@@ -87,9 +87,7 @@ def distribution_focal_loss(logits: Tensor, target: Tensor, weight: Tensor) -> T
     require_same_shape("distribution_focal_loss(target, weight)", target, weight)
     last = logits.shape[-1] - 1
     if last < 1:
-        raise ValueError(
-            f"distribution_focal_loss: logits have shape {tuple(logits.shape)}; at least 2 bins are needed"
-        )
+        raise ValueError(f"distribution_focal_loss: logits have shape {tuple(logits.shape)}; give 2 bins or more")
     log_probabilities = F.log_softmax(at_least_float32(logits), dim=-1)
     target = at_least_float32(target.detach()).clamp(0, last)
     lower = target.floor().clamp(max=last - 1)

@@ -149,7 +149,8 @@ def assign_atss(
     chosen = near & (overlap >= threshold[..., None]) & _inside(locations, target_boxes) & mask
 
     value = torch.where(chosen, overlap, overlap.new_full((), -1.0))
-    won = chosen & (value == value.amax(dim=1, keepdim=True))
+    winners = torch.zeros_like(chosen).scatter_(1, value.argmax(dim=1, keepdim=True), True)
+    won = chosen & winners
     forced = _nearest_if_none(won, target_boxes, locations, strides) & mask
     value = torch.where(forced, 1 + overlap, value)
     best, objects = value.max(dim=1)
@@ -167,7 +168,8 @@ def assign_by_overlap(
     """RetinaNet's assignment (Lin 2017, arXiv 1708.02002): by each anchor's IoU with its best object.
 
     As in the authors' code, an object's own best anchors are assigned to it, all of them where several are equal, even
-    if they overlap it less than `foreground`, or others more; so no object that overlaps an anchor is lost.
+    if they overlap it less than `foreground`. Others that overlap such an anchor more get it only if it is their best
+    too.
 
     Args:
         anchors: (N, 4) xyxy in pixels.
