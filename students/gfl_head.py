@@ -15,8 +15,10 @@ from students.locations import square_anchors, to_distances
 class GFLHead(DenseHead):
     """Class scores that are the IoU of their boxes, and for each edge a distribution over 0 to 16 strides.
 
-    A distance is its distribution's mean. Locations are assigned by ATSS. Where the authors scale each level's logits
-    by a learnt number, the towers have batch norms of their own a level here.
+    A distance is its distribution's mean. Locations are assigned by ATSS.
+
+    Deviations: anchors lie around the centres of the cells, not around their corners; and where the authors scale each
+    level's logits by a learnt number, the towers have batch norms of their own a level.
     """
 
     box_bins = 17

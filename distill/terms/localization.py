@@ -17,8 +17,8 @@ class LDTerm(KnowledgeTerm):
     """Localization distillation on two regions (Zheng 2022, arXiv 2102.12252); see `losses.localization_distillation`.
 
     The main region are ATSS's positives, each counting as much as the student's highest class score there; the
-    valuable localization region is what lies close around them, see `losses.valuable_region`. Each has a weighted mean
-    of its own.
+    valuable localization region is what lies close around them, see `losses.valuable_region`. A deviation: each is a
+    weighted mean, where the authors' code has sums, a quarter as large for the second.
 
     Args:
         student: a detector with distributions over distances, one prediction a location.
