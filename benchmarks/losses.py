@@ -35,7 +35,8 @@ COMBINED = {
     "cross_kd + pkd": ("cross_kd", "pkd"),
     "cross_kd + scores + boxes": ("cross_kd", "dense_sigmoid", "box_mimic"),
 }
-ARMS = {"plain": (), **{name: (name,) for name in TERMS}, **COMBINED}
+# ld needs heads with distributions, which these recipes do not have
+ARMS = {"plain": (), **{name: (name,) for name in TERMS if name != "ld"}, **COMBINED}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from distill.pruning.importance import IMPORTANCES
 from distill.schema import LOSSES
 from students.artifact import FAMILIES
 from students.backbone import WEIGHT_PACKAGES
+from students.dense import HEADS
 from students.pyramid import NECKS
 
 
@@ -15,6 +16,7 @@ def catalog() -> dict[str, list[str]]:
         "configs": sorted(f"{path}  {summary_line(path)}" for path in Path("configs").glob("*.yaml")),
         "detectors (student.name)": sorted(FAMILIES),
         "necks (student.neck)": sorted(NECKS),
+        "heads (student.head)": sorted(HEADS),
         "backbones (student.backbone)": ["any timm model with feature maps at the strides of student.levels"],
         "weights (student.weights)": [
             "none",

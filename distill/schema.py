@@ -34,6 +34,7 @@ class DenseConfig(Section):
     neck: Literal["fpn", "pan"] = "fpn"
     channels: Count = 96
     levels: list[int] = [3, 4, 5]
+    head: Literal["task_aligned", "gfl", "retinanet"] = "task_aligned"
     head_depth: Count = 2
 
 
@@ -133,7 +134,13 @@ class CrossKDConfig(TermConfig):
     name: Literal["cross_kd"]
     depth: Count | None = None
     class_weight: NotNegative = 1.0
-    box_weight: NotNegative = 1.0
+    box_weight: NotNegative | None = None  # 1, or 4 where edges are distributions, if null
+
+
+class LDConfig(TermConfig):
+    name: Literal["ld"]
+    temperature: Positive = 10.0
+    region_weight: NotNegative = 1.0
 
 
 class PseudoLabelConfig(TermConfig):
@@ -204,7 +211,7 @@ class AttentionGuidedConfig(TermConfig):
 
 # by the family that they belong to
 LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
-    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, CrossKDConfig, PseudoLabelConfig),
+    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, LDConfig, CrossKDConfig, PseudoLabelConfig),
     "feature mimic": (MimicConfig, MaskedMimicConfig, CWDConfig, MGDConfig, FGDConfig),
     "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
 }

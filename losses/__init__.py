@@ -4,10 +4,11 @@ Every loss detaches its teacher or target and computes in float32, also under au
 Weights and schedules belong to whoever combines the losses.
 """
 
+from losses.adaptive_threshold import adaptive_threshold
 from losses.attention_guided import AttentionGuided, NonLocal, NonLocalRelation, attention_guided
-from losses.box_iou import giou, pairwise_diou, pairwise_iou
+from losses.box_iou import giou, iou, pairwise_diou, pairwise_iou
 from losses.cross_head import align_statistics
-from losses.detection import giou_loss, quality_focal_loss
+from losses.detection import distribution_focal_loss, focal_loss, giou_loss, quality_focal_loss
 from losses.feature_mimic import cwd, masked_mimic, pkd, plain_mimic, score_weighted_mimic
 from losses.focal_global import FGD, FGDGlobal, fgd_focal
 from losses.fpn_attention import attention_transfer, fgd_attention, fuse_levels
@@ -26,6 +27,7 @@ __all__ = [
     "FGDGlobal",
     "NonLocal",
     "NonLocalRelation",
+    "adaptive_threshold",
     "align_statistics",
     "attention_guided",
     "attention_transfer",
@@ -36,14 +38,17 @@ __all__ = [
     "cwd",
     "dense_sigmoid",
     "dist",
+    "distribution_focal_loss",
     "dkd",
     "fgd_attention",
     "fgd_focal",
     "fgd_masks",
+    "focal_loss",
     "foreground_mask",
     "fuse_levels",
     "giou",
     "giou_loss",
+    "iou",
     "kd",
     "localization_distillation",
     "masked_mimic",

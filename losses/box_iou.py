@@ -1,4 +1,4 @@
-"""Overlap of axis-aligned boxes: IoU and DIoU of all pairs at once, GIoU one by one.
+"""Overlap of axis-aligned boxes: IoU and DIoU of all pairs at once, IoU and GIoU one by one.
 
 torchvision has both, but a pair of empty boxes makes its pairwise IoU NaN (label assignment pads with such boxes), and
 its element-wise GIoU picks the overlapping boxes with a mask, which makes the GPU wait for the CPU.
@@ -48,6 +48,24 @@ def pairwise_diou(a: Tensor, b: Tensor) -> Tensor:
     diagonal = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     distance = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2
     return _iou(a, b) - distance.square().sum(dim=-1) / diagonal.square().sum(dim=-1).clamp(min=EPSILON)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of each box in `a` with the box at the same place in `b`.
+
+    Args:
+        a: (..., 4) xyxy with x1 <= x2 and y1 <= y2, in any unit.
+        b: (..., 4) xyxy, the same shape and unit.
+
+    Returns:
+        (...) in [0, 1]; 0 where both boxes are empty.
+
+    Raises:
+        ValueError: the shapes differ, or the last dimension is not 4.
+    """
+    require_same_shape("iou(a, b)", a, b)
+    _require_boxes("iou", a)
+    return _iou(at_least_float32(a), at_least_float32(b))
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.box_iou import giou, pairwise_diou, pairwise_iou
+from losses.adaptive_threshold import adaptive_threshold
+from losses.box_iou import giou, pairwise_diou
 from losses.kl_divergence import softened_kl
 from losses.normalizer import weighted_mean
 from losses.precision import at_least_float32
@@ -53,49 +54,34 @@ def localization_distillation(
     return weighted_mean(divergence.mean(dim=-1), weight)
 
 
+@torch.no_grad()
 def valuable_region(anchors: Sequence[Tensor], target_boxes: Tensor, candidates_per_level: int = 9) -> Tensor:
     """Where LD also distils besides the positives: close to an object, not close enough to be assigned to it.
 
-    Each object has ATSS' threshold thr (Zhang 2020, arXiv 1912.02424), the mean plus the unbiased standard deviation of
-    its IoU with the anchors whose centres are nearest, a fixed number of them a level. The valuable localisation region
-    (Zheng 2022, arXiv 2102.12252) is where some object has 0.25 thr <= DIoU < thr. An anchor may lie in one object's
-    region and be positive for another, as in the authors' code; mask the positives where that is not wanted.
+    The valuable localisation region (Zheng 2022, arXiv 2102.12252) is where some object has 0.25 thr <= DIoU < thr, thr
+    its `adaptive_threshold`. An anchor may lie in one object's region and be positive for another, as in the authors'
+    code; mask the positives where that is not wanted. An object without area has no region, so zeros can pad.
 
     A deviation: where DIoU is called for, that code (HikariTJU/LD, BboxOverlaps2D) divides the intersection by the
-    anchor's area instead of the union; here it is the paper's DIoU. A single candidate has no spread, where the code
-    gives NaN.
+    anchor's area instead of the union; here it is the paper's DIoU.
 
     Args:
-        anchors: (A_l, 4) xyxy a pyramid level, of one image; for heads without anchors, squares around the locations.
-        target_boxes: (M, 4) xyxy in the same unit, the image's objects.
+        anchors: (A_l, 4) xyxy a pyramid level; for heads without anchors, squares around the locations.
+        target_boxes: (..., M, 4) xyxy in the same unit, the objects of each image.
         candidates_per_level: how many anchors a level enter thr.
 
     Returns:
-        (sum A_l,), levels in order, outside the graph: the highest IoU with an object whose region it is, the weight
-        that the authors give; 0 outside. The mask is `> 0`.
+        (..., sum A_l), levels in order, outside the graph: the highest IoU with an object whose region it is, the
+        weight that the authors give; 0 outside. The mask is `> 0`.
 
     Raises:
         ValueError: no levels, or boxes that are not (..., 4).
     """
-    if not anchors:
-        raise ValueError("valuable_region: anchors has 0 levels; it must have at least one")
-    boxes, level_sizes = target_boxes.detach(), [len(level) for level in anchors]
-    flat_anchors = torch.cat(list(anchors)).detach()
-    overlap = pairwise_iou(flat_anchors, boxes)
-    if not overlap.numel():
-        return overlap.new_zeros(len(flat_anchors))
-
-    distance = (_centers(flat_anchors)[:, None] - _centers(boxes)).square().sum(dim=-1)
-    candidates = []
-    for level_overlap, level_distance in zip(overlap.split(level_sizes), distance.split(level_sizes)):
-        nearest = level_distance.topk(min(candidates_per_level, len(level_distance)), dim=0, largest=False).indices
-        candidates.append(level_overlap.gather(0, nearest))
-    candidates = torch.cat(candidates)
-    threshold = candidates.mean(dim=0) + candidates.std(dim=0, correction=min(1, len(candidates) - 1))
-
-    closeness = pairwise_diou(flat_anchors, boxes)
-    inside = (closeness >= 0.25 * threshold) & (closeness < threshold)
-    return overlap.where(inside, 0).amax(dim=1)
+    overlap, _, threshold = adaptive_threshold(anchors, target_boxes, candidates_per_level)
+    closeness = pairwise_diou(target_boxes, torch.cat(list(anchors)))
+    inside = (closeness >= 0.25 * threshold[..., None]) & (closeness < threshold[..., None])
+    region = overlap.where(inside, 0)
+    return region.amax(dim=-2) if region.shape[-2] else region.sum(dim=-2)
 
 
 def box_mimic(
@@ -130,9 +116,3 @@ def box_mimic(
     else:
         raise ValueError(f'box_mimic: kind is {kind!r}; it must be "giou" or "smooth_l1"')
     return weighted_mean(difference, weight)
-
-
-def _centers(boxes: Tensor) -> Tensor:
-    """(..., 4) xyxy -> (..., 2)."""
-    boxes = at_least_float32(boxes)
-    return (boxes[..., :2] + boxes[..., 2:]) / 2

@@ -1,22 +1,24 @@
-"""The first family: any timm backbone, an FPN or PAN, and an anchor-free dense head."""
-
-from functools import lru_cache
+"""The first family: any timm backbone, an FPN or PAN, and a dense head."""
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from losses.detection import giou_loss, quality_focal_loss
-from losses.normalizer import average_across_ranks
-from students.assignment import assign_task_aligned
+from students.assignment import pad_targets
 from students.backbone import Backbone
-from students.dense_head import DenseHead
+from students.dense_head import DenseHead, Predictions
 from students.detector import DenseOutput, Detections, Detector
+from students.gfl_head import GFLHead
+from students.locations import flatten_levels, grid_locations, map_shapes, to_boxes
 from students.pyramid import NECKS
+from students.retinanet_head import RetinaNetHead
+from students.task_aligned_head import TaskAlignedHead
+
+HEADS: dict[str, type[DenseHead]] = {"task_aligned": TaskAlignedHead, "gfl": GFLHead, "retinanet": RetinaNetHead}
 
 
 class DenseDetector(Detector):
-    """A one-stage, anchor-free detector trained with task-aligned assignment (TOOD, arXiv 2108.07755).
+    """A one-stage detector; what it predicts at a location, and how that is trained, is its head's.
 
     Args:
         class_names: the classes, in label order.
@@ -25,14 +27,12 @@ class DenseDetector(Detector):
         neck: `fpn` or `pan`.
         channels: width of the pyramid and of the head.
         levels: pyramid levels, ascending and without gaps; level n has stride 2^n. Levels above 5 are made by the neck.
+        head: one of `HEADS`.
         head_depth: 3x3 convolutions in each of the head's two towers.
-        box_loss_weight: weight of the GIoU loss against the classification loss.
 
     Raises:
         ValueError: settings that cannot be met, each named.
     """
-
-    anchors = 1
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class DenseDetector(Detector):
         neck: str = "fpn",
         channels: int = 96,
         levels: tuple[int, ...] = (3, 4, 5),
+        head: str = "task_aligned",
         head_depth: int = 2,
-        box_loss_weight: float = 5.0,
     ):
         super().__init__()
         if not class_names:
@@ -56,11 +56,11 @@ class DenseDetector(Detector):
         if not from_backbone:
             raise ValueError(f"levels: {list(levels)} has none that a backbone gives; start at 5 or below")
         self.class_names = list(class_names)
-        self.box_loss_weight = box_loss_weight
         self._strides = tuple(2**level for level in levels)
         self.backbone = Backbone(backbone, tuple(2**level for level in from_backbone), weights)
         self.neck = NECKS[neck](self.backbone.channels, channels, num_extra=len(levels) - len(from_backbone))
-        self.head = DenseHead(channels, len(class_names), len(levels), head_depth)
+        self.head = HEADS[head](channels, len(class_names), len(levels), head_depth)
+        self.anchors, self.box_bins = self.head.anchors, self.head.box_bins
         mean, std = self.backbone.normalization
         # buffers, not constants: a saved detector brings along the normalisation that its weights were trained with
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
@@ -68,41 +68,11 @@ class DenseDetector(Detector):
 
     def forward(self, images: Tensor) -> DenseOutput:
         features = self.neck(self.backbone((images - self.mean) / self.std))
-        class_logits, box_distances = self.head(features)
-        return DenseOutput(features, class_logits, box_distances)
+        return DenseOutput(features, *self.head(features))
 
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Quality focal loss on all locations (`classification`) and GIoU on the assigned ones (`box`).
-
-        The first is divided by the sum of the assigned qualities over the batch, the second by the number of assigned
-        locations; both at least 1 and averaged across ranks. A deviation from the paper, which weights boxes by their
-        quality too: that leaves small objects, whose first boxes are poor, without a gradient to better them.
-        """
-        locations, strides = self._locations(output)
-        logits = flatten_levels(output.class_logits).float()
-        boxes = to_boxes(flatten_levels(output.box_distances).float(), locations, strides)
-        target_boxes, target_labels, target_scores, mask = pad_targets(targets, boxes.device)
-        objects, quality = assign_task_aligned(
-            logits.detach().sigmoid(), boxes.detach(), locations, strides, target_boxes, target_labels, mask
-        )
-        if target_boxes.shape[1]:
-            quality = quality * target_scores.gather(1, objects)
-        assigned = (quality > 0).float()
-        total_quality, num_assigned = average_across_ranks(torch.stack((quality.sum(), assigned.sum()))).clamp(min=1.0)
-
-        wanted = torch.zeros_like(logits)
-        if target_boxes.shape[1]:
-            labels = target_labels.gather(1, objects)
-            wanted.scatter_(-1, labels[..., None], quality[..., None])
-        classification = quality_focal_loss(logits, wanted) / total_quality
-
-        if target_boxes.shape[1]:
-            matched = target_boxes.gather(1, objects[..., None].expand(-1, -1, 4))
-            # over all locations, most of weight 0: picking the positives out would make a GPU wait for the CPU
-            box = giou_loss(boxes, matched, assigned) / num_assigned
-        else:
-            box = boxes.sum() * 0.0  # keeps every parameter in the graph, so that ranks without objects stay in step
-        return {"classification": classification, "box": self.box_loss_weight * box}
+        """The head's `classification` and `box`; see `DenseHead.loss` of each."""
+        return self.head.loss(self._predictions(output), pad_targets(targets, output.class_logits[0].device))
 
     @torch.no_grad()
     def decode(
@@ -121,12 +91,11 @@ class DenseDetector(Detector):
             image_sizes: (height, width) of the valid part of each input image, in pixels.
             score_threshold: lower scores are dropped.
             iou_threshold: of two boxes of one class that overlap more, the lower-scored goes.
-            max_candidates: (location, class) pairs that enter the NMS, per image.
+            max_candidates: (prediction, class) pairs that enter the NMS, per image.
             max_detections: detections kept per image.
         """
-        locations, strides = self._locations(output)
-        scores = flatten_levels(output.class_logits).float().sigmoid()
-        boxes = to_boxes(flatten_levels(output.box_distances).float(), locations, strides)
+        predicted = self._predictions(output)
+        scores, boxes = predicted.logits.sigmoid(), predicted.boxes
         num_classes = scores.shape[-1]
         top_scores, top = scores.flatten(1).topk(min(max_candidates, scores[0].numel()), dim=1)
         top_boxes = boxes.gather(1, (top // num_classes)[..., None].expand(-1, -1, 4))
@@ -156,45 +125,20 @@ class DenseDetector(Detector):
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist())
 
-    def _locations(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
-        shapes = tuple((logits.shape[-2], logits.shape[-1]) for logits in output.class_logits)
-        return grid_locations(shapes, self._strides, output.class_logits[0].device)
-
-
-@lru_cache(maxsize=16)
-def grid_locations(
-    shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Centres (N, 2) of all cells, x and y in pixels, and their strides (N,), level after level, row after row."""
-    points, steps = [], []
-    with torch.inference_mode(False):  # a cached tensor made in inference mode could not be used in training
-        for (height, width), stride in zip(shapes, strides):
-            y, x = torch.meshgrid(
-                torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-            )
-            points.append((torch.stack((x, y), dim=-1).reshape(-1, 2) + 0.5) * stride)
-            steps.append(torch.full((height * width,), float(stride), device=device))
-        return torch.cat(points), torch.cat(steps)
-
-
-def flatten_levels(levels: tuple[Tensor, ...]) -> Tensor:
-    """(B, C, H, W) of each level to one (B, N, C), in the order of `grid_locations`."""
-    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-
-
-def to_boxes(distances: Tensor, locations: Tensor, strides: Tensor) -> Tensor:
-    """Boxes (B, N, 4) xyxy in pixels, from edge distances (B, N, 4) in strides."""
-    pixels = distances * strides[:, None]
-    return torch.cat((locations - pixels[..., :2], locations + pixels[..., 2:]), dim=-1)
-
-
-def pad_targets(targets: list[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes (B, M, 4), labels (B, M), scores (B, M), 1 where none are given, and a mask (B, M) that is False where an
-    image has fewer than M objects."""
-    boxes = nn.utils.rnn.pad_sequence([t["boxes"].to(device) for t in targets], batch_first=True)
-    labels = nn.utils.rnn.pad_sequence([t["labels"].to(device) for t in targets], batch_first=True)
-    given = [t["scores"].to(device) if "scores" in t else torch.ones(len(t["labels"]), device=device) for t in targets]
-    scores = nn.utils.rnn.pad_sequence(given, batch_first=True)
-    counts = torch.tensor([len(t["labels"]) for t in targets], device=device)
-    mask = torch.arange(labels.shape[1], device=device) < counts[:, None]
-    return boxes, labels, scores, mask
+    def _predictions(self, output: DenseOutput) -> Predictions:
+        shapes = map_shapes(output.class_logits)
+        locations, strides = grid_locations(shapes, self._strides, output.class_logits[0].device)
+        if self.anchors > 1:
+            locations, strides = (x.repeat_interleave(self.anchors, dim=0) for x in (locations, strides))
+        distances = flatten_levels(output.box_distances, self.anchors).float()
+        distributions = None
+        if output.box_logits:
+            distributions = flatten_levels(output.box_logits, self.anchors).float().unflatten(-1, (4, self.box_bins))
+        return Predictions(
+            logits=flatten_levels(output.class_logits, self.anchors).float(),
+            boxes=to_boxes(distances, locations, strides),
+            box_logits=distributions,
+            locations=locations,
+            strides=strides,
+            level_sizes=tuple(height * width * self.anchors for height, width in shapes),
+        )

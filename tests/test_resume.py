@@ -88,6 +88,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(start, interrupt, tmp_path, c
     assert summary(broken) == summary(whole)
 
 
+@pytest.mark.parametrize(("head", "loss"), [("gfl", "ld"), ("retinanet", "dense_sigmoid")])
+def test_other_heads_are_cut_distilled_and_resumed_alike(start, interrupt, settings, tmp_path, head, loss):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for detector in (settings["student"], settings["teacher"]["detector"]):
+        detector["head"] = head
+    settings["losses"] = {"first": {"name": loss}, "second": {"name": "cross_kd"}}
+    settings["pruning"] |= {"start": 1, "end": 1, "target": 0.7}
+    settings["train"]["epochs"] = 2
+    assert start("whole") == 0
+    interrupt(2, while_distilling=True)
+    with pytest.raises(Interrupted):
+        start("broken")
+    assert start("broken", "--resume", str(broken)) == 0
+    student = students.load(whole / "student")
+    assert student.recipe["head"] == head and len(student.plans) == 1
+    for file in ("model.safetensors", "plans.json"):
+        assert (broken / "student" / file).read_bytes() == (whole / "student" / file).read_bytes(), file
+    assert results(broken) == results(whole)
+
+
 def test_a_teacher_that_was_interrupted_goes_on_and_a_finished_one_is_reused(
     start, interrupt, settings, tmp_path, capsys
 ):

@@ -12,6 +12,7 @@ from distill.terms.feature_mimic import (
     ScoreWeightedMimicTerm,
 )
 from distill.terms.fpn_attention import AttentionGuidedTerm, AttentionTransferTerm, FGDAttentionTerm
+from distill.terms.localization import LDTerm
 from distill.terms.pseudo_label import PseudoLabelTerm
 from distill.terms.soft_label import BoxMimicTerm, DenseSigmoidTerm
 
@@ -27,6 +28,7 @@ __all__ = [
     "FGDTerm",
     "FeatureTerm",
     "KnowledgeTerm",
+    "LDTerm",
     "MGDTerm",
     "MaskedMimicTerm",
     "PKDTerm",
@@ -41,6 +43,7 @@ __all__ = [
 TERMS: dict[str, type[KnowledgeTerm]] = {
     "dense_sigmoid": DenseSigmoidTerm,
     "box_mimic": BoxMimicTerm,
+    "ld": LDTerm,
     "cross_kd": CrossKDTerm,
     "pseudo_label": PseudoLabelTerm,
     "plain_mimic": PlainMimicTerm,

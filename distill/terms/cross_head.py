@@ -6,33 +6,34 @@ import torch
 from torch import Tensor, nn
 
 from distill.terms.base import KnowledgeTerm, Targets
-from distill.terms.soft_label import best_scores, boxes_around_locations
-from losses import align_statistics, box_mimic, dense_sigmoid
+from distill.terms.soft_label import boxes_around_locations, prediction_scores, split_anchors
+from losses import align_statistics, box_mimic, dense_sigmoid, localization_distillation
 from students import DenseOutput, Detector
 from students.dense_head import DenseHead
+from students.locations import flatten_levels
 
 
 class CrossKDTerm(KnowledgeTerm):
-    """Cross-head distillation for two dense heads (Wang 2024, arXiv 2306.11369).
+    """Cross-head distillation for two dense heads of one kind (Wang 2024, arXiv 2306.11369).
 
     The student's maps after some of its head's convolutions are brought to the teacher's statistics and go on through
     the rest of the teacher's frozen head. What comes out is compared with the teacher's own scores and boxes; so the
     student's own predictions are left to the ground truth, and the two do not pull against each other.
 
-    Deviations: heads of unlike width meet through a 1x1 convolution a tower, shared by all levels like the towers; it
-    starts as the identity where the widths agree. A head that ends in distances has the GIoU form for boxes.
+    Deviation: heads of unlike width meet through a 1x1 convolution a tower, shared by all levels like the towers; it
+    starts as the identity where the widths agree.
 
     Args:
         student: a detector with a `DenseHead`.
-        teacher: likewise, whose head is at least as deep as `depth`.
+        teacher: likewise, whose head is of the same kind and at least as deep as `depth`.
         levels: see `KnowledgeTerm`.
         depth: convolutions of the student's head before the crossing, and of the teacher's that are left out; one less
             than the shallower head has, and at least 1, if None. The authors take 3 of 4, for FCOS 2.
         class_weight: of the scores; the authors take 1, for FCOS 0.4.
-        box_weight: of the boxes; the authors take 1.
+        box_weight: of the boxes; what the authors take if None, 1, or 4 for distributions.
 
     Raises:
-        ValueError: another kind of head, or a depth that one of them does not have.
+        ValueError: no dense heads of one kind, or a depth that one of them does not have.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class CrossKDTerm(KnowledgeTerm):
         levels: Sequence[str] | None = None,
         depth: int | None = None,
         class_weight: float = 1.0,
-        box_weight: float = 1.0,
+        box_weight: float | None = None,
     ):
         super().__init__(student, teacher, levels)
-        ours, theirs = _head(student, "student"), _head(teacher, "teacher")
+        self.bind(student, teacher)
+        ours, theirs = self._heads
         shallower = min(ours.depth, theirs.depth)
         self.depth = depth or max(1, shallower - 1)
         if self.depth > shallower:
@@ -53,33 +55,38 @@ class CrossKDTerm(KnowledgeTerm):
                 f"depth: {depth} is too deep; the student's head has {ours.depth} convolutions a tower, the teacher's "
                 f"{theirs.depth}"
             )
-        self.class_weight, self.box_weight = class_weight, box_weight
+        self.class_weight = class_weight
+        self.box_weight = box_weight if box_weight is not None else 4.0 if theirs.box_bins else 1.0
         widths = _width(ours, self.depth), _width(theirs, self.depth)
         self.adapters = nn.ModuleDict({name: _adapter(*widths) for name in ("class_tower", "box_tower")})
-        self.bind(student, teacher)
 
     def bind(self, student: Detector, teacher: Detector) -> None:
         # in a list, so that the two are no part of this module: they are trained, moved and saved elsewhere
-        self._heads = [_head(student, "student"), _head(teacher, "teacher")]
+        self._heads = _like_heads(student, teacher)
 
     def forward(
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
     ) -> Tensor:
         ours, theirs = self._heads
-        logits, distances = [], []
+        crossed = []
         for i, j in self.pairs:
             with torch.no_grad():
                 wanted = theirs.begin(teacher.features[j], j, self.depth)
-            crossed = map(align_statistics, self._adapt(ours, student.features[i], i), wanted)
-            level_logits, level_distances = theirs.finish(*crossed, j, self.depth)
-            logits.append(level_logits)
-            distances.append(level_distances)
-        teacher_logits = [teacher.class_logits[j] for _, j in self.pairs]
-        scores = torch.cat([best_scores(level).flatten() for level in teacher_logits])
-        boxes = torch.cat([boxes_around_locations(level) for level in distances])
-        teacher_boxes = torch.cat([boxes_around_locations(teacher.box_distances[j]) for _, j in self.pairs])
-        classes = dense_sigmoid(logits, teacher_logits)
-        return self.class_weight * classes + self.box_weight * box_mimic(boxes, teacher_boxes, scores)
+            aligned = map(align_statistics, self._adapt(ours, student.features[i], i), wanted)
+            crossed.append(theirs.finish(*aligned, j, self.depth))
+        # class logits, box distances and, where there are any, box logits; each with an entry a level
+        found = list(zip(*crossed))
+        wanted = [[levels[j] for _, j in self.pairs] for levels in teacher[1 : 1 + len(found)]]
+
+        anchors = theirs.anchors
+        split = [[split_anchors(level, anchors) for level in levels] for levels in (found[0], wanted[0])]
+        scores = prediction_scores(wanted[0], anchors)
+        if theirs.box_bins:
+            bins = [flatten_levels(x[2], anchors).unflatten(-1, (4, theirs.box_bins)) for x in (found, wanted)]
+            boxes = theirs.box_bins * localization_distillation(*bins, scores, temperature=1.0)
+        else:
+            boxes = box_mimic(*(boxes_around_locations(x[1], anchors) for x in (found, wanted)), scores)
+        return self.class_weight * dense_sigmoid(*split) + self.box_weight * boxes
 
     def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         return [x for i, _ in self.pairs for x in self._adapt(self._heads[0], features[i], i)]
@@ -93,13 +100,15 @@ class CrossKDTerm(KnowledgeTerm):
         return [adapter(x) for adapter, x in zip(self.adapters.values(), head.begin(feature, level, self.depth))]
 
 
-def _head(detector: Detector, role: str) -> DenseHead:
-    head = getattr(detector, "head", None)
-    if not isinstance(head, DenseHead):
+def _like_heads(student: Detector, teacher: Detector) -> list[DenseHead]:
+    heads = [getattr(detector, "head", None) for detector in (student, teacher)]
+    ours, theirs = (type(head) for head in heads)
+    if ours is not theirs or not issubclass(ours, DenseHead):
         raise ValueError(
-            f"name: cross_kd sends features from one dense head through another; the {role} has {type(head).__name__}"
+            "name: cross_kd sends features from one dense head through another of its kind; the student has "
+            f"{ours.__name__}, the teacher {theirs.__name__}; choose pseudo_label, which fits any pair"
         )
-    return head
+    return heads
 
 
 def _width(head: DenseHead, depth: int) -> int:

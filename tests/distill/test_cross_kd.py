@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from distill.terms import CrossKDTerm
-from losses import align_statistics, box_mimic, dense_sigmoid
+from losses import align_statistics, box_mimic, dense_sigmoid, localization_distillation
+from students.dense import HEADS
 
 
 @pytest.fixture
@@ -15,8 +16,9 @@ def pair(build_tiny):
     return student, teacher
 
 
-def test_a_student_is_at_zero_distance_from_itself(build_tiny, images):
-    detector = build_tiny(head_depth=2).eval()
+@pytest.mark.parametrize("head", HEADS)
+def test_a_student_is_at_zero_distance_from_itself(build_tiny, images, head):
+    detector = build_tiny(head_depth=2, head=head).eval()
     output = detector(images)
     # equal widths: the adapters start as the identity, and the statistics are the teacher's already
     assert CrossKDTerm(detector, detector)(output, output, [], (64, 64)).item() == pytest.approx(0, abs=1e-5)
@@ -47,6 +49,21 @@ def test_features_cross_over_after_the_depth(pair, images):
     torch.testing.assert_close(term(ours, theirs, [], (64, 64)), wanted)
 
 
+@torch.no_grad()
+def test_distributions_are_compared_by_their_divergence(build_tiny, images):
+    student, teacher = build_tiny(head="gfl").eval(), build_tiny(seed=1, head="gfl", channels=24).eval()
+    ours, theirs = student(images), teacher(images)
+    term = CrossKDTerm(student, teacher, levels=["P5"])
+    begun, wanted = student.head.begin(ours.features[2], 2, 1), teacher.head.begin(theirs.features[2], 2, 1)
+    crossed = [align_statistics(adapter(x), y) for adapter, x, y in zip(term.adapters.values(), begun, wanted)]
+    logits, _, bins = teacher.head.finish(*crossed, 2, 1)
+    edges = [x.unflatten(1, (4, 17)).permute(0, 3, 4, 1, 2) for x in (bins, theirs.box_logits[2])]
+    # the authors sum over the 17 bins, at a temperature of 1, and weight that by 4
+    divergence = 17 * localization_distillation(*edges, theirs.class_logits[2].sigmoid().amax(dim=1), temperature=1.0)
+    classes = dense_sigmoid([logits], [theirs.class_logits[2]])
+    torch.testing.assert_close(term(ours, theirs, [], (64, 64)), classes + 4 * divergence)
+
+
 def test_the_students_own_predictions_learn_nothing(pair, images):
     student, teacher = pair
     CrossKDTerm(student, teacher)(student(images), teacher(images), [], (64, 64)).backward()
@@ -69,8 +86,13 @@ def test_what_it_cannot_work_on_is_refused(pair, build_tiny):
         CrossKDTerm(student, teacher, depth=3)
     other = build_tiny()
     other.head = nn.Identity()
-    with pytest.raises(ValueError, match="one dense head through another; the teacher has Identity"):
+    with pytest.raises(ValueError, match="the student has TaskAlignedHead, the teacher Identity; choose pseudo_label"):
         CrossKDTerm(student, other)
+    with pytest.raises(ValueError, match="the student has Identity, the teacher Identity"):
+        CrossKDTerm(other, other)
+    # equally many predictions, yet their layers do not fit
+    with pytest.raises(ValueError, match="of its kind; the student has GFLHead, the teacher TaskAlignedHead"):
+        CrossKDTerm(build_tiny(head="gfl"), build_tiny())
 
 
 def test_a_trained_teacher_takes_the_place_of_the_untrained(pair, build_tiny, images):

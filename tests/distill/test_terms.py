@@ -34,10 +34,30 @@ def weighted(*weights):
     return Combiner(dict(zip(("soft_label", "feature_mimic", "fpn_attention", "box"), weights)))
 
 
+# each term with a kind of head that it works on, and those that look at heads with each kind
+HEADED = [("ld", "gfl"), ("cross_kd", "gfl"), ("cross_kd", "retinanet")]
+CASES = [
+    *((name, "task_aligned") for name in sorted(TERMS) if name != "ld"),
+    *((name, head) for name in ("dense_sigmoid", "box_mimic", "pseudo_label") for head in ("gfl", "retinanet")),
+    ("score_weighted_mimic", "retinanet"),
+    *HEADED,
+]
+
+
 @pytest.fixture
-def pair(build_tiny):
-    """A student and a wider teacher."""
-    return build_tiny(), build_tiny(seed=1, channels=24, backbone="test_efficientnet").eval().requires_grad_(False)
+def build_pair(build_tiny):
+    """A student and a wider teacher, with heads of one kind."""
+
+    def build(head="task_aligned"):
+        teacher = build_tiny(seed=1, head=head, channels=24, backbone="test_efficientnet")
+        return build_tiny(head=head), teacher.eval().requires_grad_(False)
+
+    return build
+
+
+@pytest.fixture
+def pair(build_pair):
+    return build_pair()
 
 
 def test_levels_meet_at_equal_strides():
@@ -158,15 +178,10 @@ def test_adapters_are_named_after_their_levels(build_tiny):
     assert [int(name[1:]) for name in term.adapters] == [int(math.log2(s)) for s in (32, 64)]
 
 
-@pytest.fixture(params=sorted(TERMS))
-def any_term(request, pair):
-    """Each term there is, between a student and a wider teacher."""
-    torch.manual_seed(2)
-    return TERMS[request.param](*pair)
-
-
-def test_every_term_reaches_the_student_and_not_the_teacher(any_term, pair, images, targets):
-    student, teacher = pair
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_every_term_reaches_the_student_and_not_the_teacher(build_pair, images, targets, name, head):
+    student, teacher = build_pair(head)
+    any_term = TERMS[name](student, teacher)
     torch.nn.init.constant_(teacher.head.class_logits.bias, 1.0)  # sure enough of something to teach it
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     taught = teacher(images)
@@ -181,8 +196,10 @@ def test_every_term_reaches_the_student_and_not_the_teacher(any_term, pair, imag
     assert all(torch.equal(buffer, before[name]) for name, buffer in teacher.named_buffers())
 
 
-def test_every_term_bears_a_batch_without_objects(any_term, pair, images):
-    student, teacher = pair
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_every_term_bears_a_batch_without_objects(build_pair, images, name, head):
+    student, teacher = build_pair(head)
+    any_term = TERMS[name](student, teacher)
     nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}] * 2
     loss = any_term(student(images), teacher(images), nothing, (64, 64))
     loss.backward()
@@ -190,9 +207,9 @@ def test_every_term_bears_a_batch_without_objects(any_term, pair, images):
     assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", sorted(TERMS))
-def test_every_term_with_levels_takes_a_choice_of_them(pair, images, targets, name):
-    student, teacher = pair
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_every_term_with_levels_takes_a_choice_of_them(build_pair, images, targets, name, head):
+    student, teacher = build_pair(head)
     if name == "pseudo_label":
         with pytest.raises(ValueError, match="levels: detections belong to no level"):
             TERMS[name](student, teacher, levels=["P4"])
@@ -205,10 +222,12 @@ def test_every_term_with_levels_takes_a_choice_of_them(pair, images, targets, na
         TERMS[name](student, teacher, levels=["P4", "P8"])
 
 
-@pytest.mark.parametrize("name", sorted(TERMS))
-def test_every_term_follows_a_cut(build_tiny, images, targets, name):
-    student = build_tiny(channels=32)
-    teacher = build_tiny(seed=1, channels=24).eval().requires_grad_(False)
+@pytest.mark.parametrize(
+    ("name", "head"), [*((name, "task_aligned") for name in sorted(TERMS) if name != "ld"), *HEADED]
+)
+def test_every_term_follows_a_cut(build_tiny, images, targets, name, head):
+    student = build_tiny(channels=32, head=head)
+    teacher = build_tiny(seed=1, channels=24, head=head).eval().requires_grad_(False)
     taught = teacher(images)
     unit = Distiller(student, {"term": TERMS[name](student, teacher)})
     optimizer = torch.optim.AdamW(unit.parameters())
@@ -250,3 +269,34 @@ def test_pseudo_labels_are_what_a_sure_teacher_sees(build_tiny, images):
         keep = d.scores >= threshold
         labels.append({"boxes": d.boxes[keep], "labels": d.labels[keep], "scores": d.scores[keep]})
     assert torch.equal(term(ours, theirs, [{}, {}], (64, 64)), sum(student.loss(ours, labels).values()))
+
+
+@torch.no_grad()
+def test_each_anchor_is_a_prediction_of_its_own(build_tiny):
+    student = build_tiny(head="retinanet", levels=(5,))
+    maps = lambda values: (torch.tensor(values).reshape(1, -1, 1, 1),)  # noqa: E731
+    # one location, nine anchors, two classes; the teacher is sure of the first two anchors, by 1/2 and 4/5
+    logits = [[0.0, -99], [-99, math.log(4)], *[[-99.0, -99]] * 7]
+    theirs = DenseOutput((), maps(logits), maps([[1.0, 1, 1, 1]] * 9))
+    ours = DenseOutput(
+        (), maps([[0.0, -99], [-99, 0], *logits[2:]]), maps([[1.0, 1, 1, 1], [2, 1, 1, 1]] + [[5.0] * 4] * 7)
+    )
+    # |1/2 - 4/5| * BCE(1/2, 4/5) = 0.3 ln 2, over the sum 1.3 of the predictions' scores
+    loss = DenseSigmoidTerm(student, student)(ours, theirs, [], (32, 32))
+    torch.testing.assert_close(loss, torch.tensor(0.3 * math.log(2) / 1.3))
+    # the first boxes agree, the second have IoU 2/3; the others do not count
+    loss = BoxMimicTerm(student, student)(ours, theirs, [], (32, 32))
+    torch.testing.assert_close(loss, torch.tensor(0.8 * (1 / 3) / 1.3))
+
+
+def test_heads_without_counterparts_are_refused(build_tiny):
+    one, nine = build_tiny(), build_tiny(head="retinanet")
+    for name in ("dense_sigmoid", "box_mimic"):
+        TERMS[name](one, build_tiny(head="gfl"))
+        message = f"^name: {name} needs .* the student makes 1, the teacher 9; choose pseudo_label, which fits any pair"
+        with pytest.raises(ValueError, match=message):
+            TERMS[name](one, nine)
+    none = build_tiny()
+    none.anchors = 0
+    with pytest.raises(ValueError, match="the student makes 0, the teacher 0"):
+        BoxMimicTerm(none, none)

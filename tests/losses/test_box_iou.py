@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from losses import giou, pairwise_diou, pairwise_iou
+from losses import giou, iou, pairwise_diou, pairwise_iou
 
 
 def test_pairwise_iou_of_known_boxes():
@@ -32,6 +32,14 @@ def test_pairwise_iou_of_empty_boxes_is_zero_not_nan():
 @pytest.mark.parametrize(("num_a", "num_b"), [(0, 3), (3, 0), (0, 0)])
 def test_pairwise_iou_without_boxes(num_a, num_b):
     assert pairwise_iou(torch.rand(5, num_a, 4), torch.rand(5, num_b, 4)).shape == (5, num_a, num_b)
+
+
+def test_iou_is_the_diagonal_of_all_pairs():
+    a, b = torch.rand(2, 3, 5, 4).sort(dim=-1).values  # x1 <= y1 <= x2 <= y2
+    torch.testing.assert_close(iou(a, b), pairwise_iou(a, b).diagonal(dim1=1, dim2=2))
+    assert torch.equal(iou(torch.zeros(1, 4), torch.zeros(1, 4)), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"iou\(a, b\): shapes \(1, 4\) and \(2, 4\) differ"):
+        iou(torch.zeros(1, 4), torch.zeros(2, 4))
 
 
 def test_giou_of_known_boxes():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from losses import giou_loss, quality_focal_loss
+from losses import distribution_focal_loss, focal_loss, giou_loss, quality_focal_loss
 
 
 def test_quality_focal_loss_of_known_probabilities():
@@ -42,6 +42,44 @@ def test_quality_focal_loss_survives_extreme_logits():
     assert logits.grad.isfinite().all()
 
 
+def test_focal_loss_of_known_probabilities():
+    logits = torch.tensor([[0.0, math.log(3)]])  # probabilities 1/2 and 3/4
+    # 0.25 (1/2)^2 ln 2, and twice 0.75 (3/4)^2 ln 4
+    expected = 0.0625 * math.log(2) + 2 * 0.75 * 0.5625 * math.log(4)
+    loss = focal_loss(logits, torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
+    torch.testing.assert_close(loss, torch.tensor(expected))
+    # alpha 0.1, gamma 1
+    loss = focal_loss(logits, torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), alpha=0.1, gamma=1.0)
+    torch.testing.assert_close(loss, torch.tensor(0.1 * 0.5 * math.log(2)))
+
+
+def test_focal_loss_asks_for_a_soft_target():
+    logits = torch.tensor([[math.log(3)]], requires_grad=True)
+    assert focal_loss(logits, torch.tensor([[0.75]]), torch.ones(1, 1)) < 1e-12
+    # p = 3/4 against 1/2: (0.25 / 2 + 0.75 / 2) (1/4)^2 * -(ln(3/4) + ln(1/4)) / 2
+    loss = focal_loss(logits, torch.tensor([[0.5]]), torch.ones(1, 1))
+    torch.testing.assert_close(loss, torch.tensor(0.5 / 16 * math.log(16 / 3) / 2))
+    loss.backward()
+    assert logits.grad > 0
+
+
+def test_distribution_focal_loss_of_known_distributions():
+    logits = torch.tensor([0.0, math.log(2), 0]).expand(4, 3)  # probabilities 1/4, 1/2, 1/4 of 0, 1 and 2
+    # 1.25 lies between 1 and 2: -(3/4 ln(1/2) + 1/4 ln(1/4)) = 5/4 ln 2; the others meet one bin of 1/4: 2 ln 2
+    for number, expected in enumerate((1.25, 2, 2, 2)):
+        weight = torch.zeros(4)
+        weight[number] = 3
+        loss = distribution_focal_loss(logits, torch.tensor([1.25, 2, 7, -1]), weight)
+        torch.testing.assert_close(loss, torch.tensor(3 * expected * math.log(2)), msg=f"number {number}")
+
+
+def test_distribution_focal_loss_is_least_around_the_target():
+    # 1.3 is the mean of 0.7 at 1 and 0.3 at 2
+    logits = torch.tensor([[1e-9, 0.7, 0.3, 1e-9]]).log().requires_grad_()
+    distribution_focal_loss(logits, torch.tensor([1.3]), torch.ones(1)).backward()
+    assert logits.grad.abs().max() < 1e-6
+
+
 def test_giou_loss_of_known_boxes():
     pred = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1], [3, 3, 5, 4]])
     target = torch.tensor([[1.0, 1, 3, 3], [2, 0, 3, 1], [3, 3, 5, 4]])
@@ -56,16 +94,24 @@ def test_only_the_prediction_learns(dtype):
     pred = torch.tensor([[0.0, 0, 2, 2]], dtype=dtype, requires_grad=True)
     target = torch.tensor([[1.0, 1, 3, 3]], dtype=dtype, requires_grad=True)
     weight = torch.ones(1, dtype=dtype, requires_grad=True)
-    for loss in (quality_focal_loss(logits, quality), giou_loss(pred, target, weight)):
+    bins = torch.randn(1, 5, dtype=dtype, requires_grad=True)
+    for loss in (
+        quality_focal_loss(logits, quality),
+        focal_loss(logits, quality, weight.expand_as(logits)),
+        distribution_focal_loss(bins, target[:, 2], weight),
+        giou_loss(pred, target, weight),
+    ):
         assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
         loss.backward()
-    assert logits.grad.abs().sum() > 0 and pred.grad.abs().sum() > 0
+    assert logits.grad.abs().sum() > 0 and pred.grad.abs().sum() > 0 and bins.grad.abs().sum() > 0
     assert quality.grad is None and target.grad is None and weight.grad is None
 
 
 def test_none_is_zero_and_still_has_a_graph():
     logits, pred = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 4, requires_grad=True)
     loss = quality_focal_loss(logits, torch.zeros(0, 3)) + giou_loss(pred, torch.zeros(0, 4), torch.zeros(0))
+    loss = loss + focal_loss(logits, torch.zeros(0, 3), torch.zeros(0, 3))
+    loss = loss + distribution_focal_loss(logits, torch.zeros(0), torch.zeros(0))
     loss.backward()
     assert loss.item() == 0
 
@@ -77,3 +123,13 @@ def test_shapes_are_checked():
         giou_loss(torch.zeros(2, 4), torch.zeros(1, 4), torch.ones(2))
     with pytest.raises(ValueError, match=r"weight has shape \(2, 1\)"):
         giou_loss(torch.zeros(2, 4), torch.zeros(2, 4), torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"focal_loss.*\(2, 3\) and \(2, 1\) differ"):
+        focal_loss(torch.zeros(2, 3), torch.zeros(2, 1), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"focal_loss: weight has shape \(2,\)"):
+        focal_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"distribution_focal_loss: weight has shape \(2, 3\)"):
+        distribution_focal_loss(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"distribution_focal_loss.*\(1,\) and \(2,\) differ"):
+        distribution_focal_loss(torch.zeros(2, 3), torch.zeros(1), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"logits have shape \(2, 1\); give 2 bins or more"):
+        distribution_focal_loss(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))

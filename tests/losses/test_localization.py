@@ -164,6 +164,13 @@ def test_valuable_region_is_its_formula():
     torch.testing.assert_close(valuable_region(anchors, boxes, candidates_per_level=5), torch.tensor(expected))
 
 
+def test_valuable_region_of_a_batch_is_that_of_each_image():
+    anchors, boxes = [random_boxes(20), random_boxes(3)], random_boxes(2, 4)
+    boxes[1, 2:] = 0  # padding
+    region = valuable_region(anchors, boxes)
+    torch.testing.assert_close(region, torch.stack([valuable_region(anchors, b) for b in (boxes[0], boxes[1, :2])]))
+
+
 def test_valuable_region_without_objects_or_anchors_is_empty():
     assert torch.equal(valuable_region([random_boxes(3), random_boxes(1)], torch.zeros(0, 4)), torch.zeros(4))
     assert valuable_region([torch.zeros(0, 4)], random_boxes(2)).shape == (0,)

@@ -78,7 +78,7 @@ def test_a_tiny_object_gets_a_location_of_the_finest_level():
 
 
 def test_without_objects_all_is_background():
-    found = assign({0: [0, 0, 16, 16]}, [], [])
+    found = assign({0: [0, 0, 16, 16]}, [[0, 0, 0, 0]], [0], mask=[False])
     assert found.quality.shape == found.objects.shape == (1, 16)
     assert found.quality.sum() == 0
 

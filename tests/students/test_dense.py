@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from students import DenseOutput, Detector
-from students.dense import grid_locations
+from students.locations import grid_locations
 
 
 def normalisers(detector):

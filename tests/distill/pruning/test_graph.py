@@ -9,7 +9,11 @@ from distill.pruning.graph import find_groups
 from students.plan import apply_plan, named_tensors
 
 SIZE = (64, 64)
-NETS = [("test_resnet", "fpn"), ("mobilenetv3_small_050", "fpn"), ("test_efficientnet", "pan")]
+NETS = [
+    ("test_resnet", "fpn", "task_aligned"),
+    ("mobilenetv3_small_050", "fpn", "gfl"),
+    ("test_efficientnet", "pan", "retinanet"),
+]
 
 
 def slices(group):
@@ -99,10 +103,10 @@ def test_the_paths_of_a_pan(build_unit):
     }
 
 
-@pytest.mark.parametrize(("backbone", "neck"), NETS)
-def test_dead_channels_may_go_and_nothing_else_changes(build_unit, images, backbone, neck):
+@pytest.mark.parametrize(("backbone", "neck", "head"), NETS)
+def test_dead_channels_may_go_and_nothing_else_changes(build_unit, images, backbone, neck, head):
     """Where a group's channel carries nothing, its cut must leave every output as it was: the groups are whole."""
-    unit = build_unit(backbone=backbone, neck=neck).eval()
+    unit = build_unit(backbone=backbone, neck=neck, head=head).eval()
     groups = find_groups(unit, SIZE)
     tensors = named_tensors(unit)
     scores = []
@@ -128,9 +132,9 @@ def test_dead_channels_may_go_and_nothing_else_changes(build_unit, images, backb
             assert live[member.name].shape[member.dim] == len(member.positions) - gone
 
 
-@pytest.mark.parametrize(("backbone", "neck"), NETS)
-def test_every_channel_is_in_one_group_and_outputs_are_in_none(build_unit, backbone, neck):
-    unit = build_unit(backbone=backbone, neck=neck)
+@pytest.mark.parametrize(("backbone", "neck", "head"), NETS)
+def test_every_channel_is_in_one_group_and_outputs_are_in_none(build_unit, backbone, neck, head):
+    unit = build_unit(backbone=backbone, neck=neck, head=head)
     groups = find_groups(unit, SIZE)
     counts = Counter(entry for group in groups for entry in slices(group))
     assert set(counts.values()) == {1}
