@@ -136,7 +136,7 @@ def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: A
     teacher = students.load(training.student)
     if accelerator.is_main_process:
         students.save(teacher, run.teacher, students.read_info(training.student))
-    return teacher
+    return build.at_own_size(teacher, config)
 
 
 def fit(

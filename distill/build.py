@@ -16,7 +16,7 @@ from distill.pruning.pruner import Pruner
 from distill.schema import Config, DataConfig, DenseConfig, TermConfig
 from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
-from teachers import inherit
+from teachers import ScaledDetector, inherit
 
 
 @dataclass
@@ -111,17 +111,26 @@ def build_teacher(config: Config, class_names: list[str]) -> Detector | None:
     if config.teacher is None:
         return None
     if config.teacher.path is not None:
-        return load_teacher(config.teacher.path, class_names)
-    return build_detector(config.teacher.detector, class_names, config.data.image_size, "teacher.detector")
+        return at_own_size(load_teacher(config.teacher.path, class_names), config)
+    image_size = config.teacher.image_size or config.data.image_size
+    detector = build_detector(config.teacher.detector, class_names, image_size, "teacher.detector")
+    return at_own_size(detector, config)
+
+
+def at_own_size(teacher: Detector, config: Config) -> Detector:
+    """The teacher for the student's images: behind a resize where it has an image size of its own."""
+    own = config.teacher.image_size
+    return ScaledDetector(teacher, own[0] / config.data.image_size[0]) if own else teacher
 
 
 def teacher_run_config(config: Config, output_dir: Path) -> Config:
     """The settings of the run that trains the teacher: plain training of `teacher.detector` on the same data."""
+    image_size = config.teacher.image_size or config.data.image_size
     return Config(
         output_dir=str(output_dir),
         overwrite=True,
         seed=config.seed,
-        data=config.data,
+        data=config.data.model_copy(update={"image_size": image_size}),
         student=config.teacher.detector,
         train=config.teacher.train,
     )

@@ -187,14 +187,17 @@ class Report:
 
         Args:
             title: such as 'distill · configs/bccd.yaml'.
-            rows: such as {'Teacher': 'resnet50, 36.3M parameters'}, in the order in which they are shown.
+            rows: such as {'Teacher': 'resnet50, 36.3M parameters'}, in the order in which they are shown; of one line
+                or more.
         """
         width = max(map(len, rows), default=0)
         grid = Table.grid(padding=(0, 3, 0, 0))
         for key, value in rows.items():
             grid.add_row(Text(key, style="dim"), Text(value))
         self._print(Text(title, style="bold"))
-        self._print("\n".join(f"{key:<{width}}   {value}" for key, value in rows.items()), grid)
+        indent = "\n" + " " * (width + 3)
+        lines = (f"{key:<{width}}   {value}".replace("\n", indent) for key, value in rows.items())
+        self._print("\n".join(lines), grid)
 
     @contextmanager
     def progress(self, total: int, label: str) -> Iterator[StepProgress]:

@@ -2,13 +2,19 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"found {value}; a number is needed")
     return value
+
+
+def _height_and_width(value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) != 2:
+        raise ValueError(f"found {value}; give [height, width] in pixels, or one number for a square")
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 # words such as 1e-3, which YAML does not take for a number, pass; bools and infinity, which are never meant, do not
@@ -18,6 +24,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Pixels = Annotated[int, Field(ge=32, strict=True)]
+ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(_height_and_width)]
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
@@ -66,7 +73,7 @@ class DataConfig(Section):
     train: str = "train"
     val: str = "val"
     test: str | None = None
-    image_size: tuple[Pixels, Pixels]
+    image_size: ImageSize
     resize: Literal["letterbox", "stretch"] = "letterbox"
     classes: list[str] | None = None
     class_map: dict[str, str | None] = {}
@@ -75,13 +82,6 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0, strict=True)] = 2
     augment: AugmentConfig = AugmentConfig()
     synthetic: SyntheticConfig | None = None
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple) and len(value) != 2:
-            raise ValueError(f"found {value}; give [height, width] in pixels, or one number for a square")
-        return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class OptimizerConfig(Section):
@@ -116,7 +116,7 @@ class TermConfig(Section):
 
     weight: NotNegative | None = None
     schedule: ScheduleConfig = ScheduleConfig()
-    levels: list[str] | None = None  # such as [P3, P4]; all that student and teacher share if null
+    levels: list[str] | None = None  # such as [P3, P4]; all that find a partner if null
 
 
 class DenseSigmoidConfig(TermConfig):
@@ -151,7 +151,7 @@ class PseudoLabelConfig(TermConfig):
 class FeatureTermConfig(TermConfig):
     """A term over maps behind an adapter each."""
 
-    kernel: Literal[1, 3] = 1  # of the adapter
+    adapter: Literal["conv1", "conv3", "linear", "identity", "select"] = "conv1"  # see distill.terms.adapter
 
 
 class MimicConfig(FeatureTermConfig):
@@ -269,6 +269,7 @@ class TeacherConfig(Section):
 
     path: str | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
     detector: DenseConfig | None = None
     train: TrainConfig | None = None
 
@@ -314,6 +315,13 @@ class Config(Section):
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
         if self.inherit and self.teacher is None:
             raise ValueError("inherit is given but no teacher; add a teacher section, or remove inherit")
+        if self.teacher and self.teacher.image_size:
+            (height, width), (own_height, own_width) = self.data.image_size, self.teacher.image_size
+            if own_height * width != own_width * height:
+                raise ValueError(
+                    f"teacher.image_size: [{own_height}, {own_width}] and data.image_size, [{height}, {width}], are of "
+                    f"unlike shape; give a multiple, such as [{2 * height}, {2 * width}]"
+                )
         if self.pruning and self.pruning.end >= self.train.epochs:
             raise ValueError(
                 f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, counted from 0, "

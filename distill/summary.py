@@ -1,5 +1,6 @@
 """What a run says about itself: the banner before, the numbers and the table after."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from distill.measure import count_macs, count_parameters
 from distill.pruning.pruner import Pruner
 from distill.report import counted, human_ap, human_count, human_macs, human_share
 from distill.schema import Config
+from distill.terms import KnowledgeTerm
 from students import Detector
 
 
@@ -44,15 +46,15 @@ def banner_rows(
     }
     if teacher is not None:
         source = config.teacher.path or "trained first"
+        if config.teacher.image_size:
+            source += f", sees {config.teacher.image_size[1]}x{config.teacher.image_size[0]} px"
         rows["Teacher"] = f"{teacher.recipe['backbone']}: {size(teacher, config.data.image_size)} ({source})"
     if unit.terms:
         share = " of the task's gradient" if config.balance == "gradient" else ""
         rows["Distillation"] = ", ".join(
             f"{name}: {loss.name} x {config.weight_of(name):g}{share}" for name, loss in config.losses.items()
         )
-        term = next(iter(unit.terms.values()))
-        pairs = (f"{unit.student.strides[i]}" for i, _ in term.pairs)
-        rows["Levels"] = f"student and teacher meet at strides {', '.join(pairs)}"
+        rows |= {"Levels": pairings} if (pairings := describe_levels(unit.terms)) else {}
     if pruner:
         number = len(pruner.epochs)
         when = f"before epoch {pruner.epochs[0] + 1}" + (f" to {pruner.epochs[-1] + 1}" if number > 1 else "")
@@ -62,6 +64,18 @@ def banner_rows(
     )
     rows["Output"] = config.output_dir
     return rows
+
+
+def describe_levels(terms: Mapping[str, KnowledgeTerm]) -> str:
+    """Which levels of student and teacher meet: a line for all terms that pair them alike, naming them where others
+    do it otherwise."""
+    by_pairing: dict[str, list[str]] = {}
+    for name, term in terms.items():
+        if term.pairing:
+            by_pairing.setdefault(term.pairing, []).append(name)
+    if len(by_pairing) == 1:
+        return next(iter(by_pairing))
+    return "\n".join(f"{', '.join(names)}: {pairing}" for pairing, names in by_pairing.items())
 
 
 def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Detector(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def strides(self) -> tuple[int, ...]:
+    def strides(self) -> tuple[float, ...]:
         """Input pixels per cell of each pyramid level, fine to coarse."""
 
     @property

@@ -2,5 +2,6 @@
 
 from teachers.frozen import PRECISIONS, Teacher, freeze
 from teachers.inherit import inherit
+from teachers.scaled import ScaledDetector
 
-__all__ = ["PRECISIONS", "Teacher", "freeze", "inherit"]
+__all__ = ["PRECISIONS", "ScaledDetector", "Teacher", "freeze", "inherit"]

@@ -26,15 +26,16 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
         ValueError: the student has no such part, or nothing fits.
     """
     taken = {}
-    theirs = teacher.state_dict()
     for part in parts:
         module = getattr(student, part, None)
         if not isinstance(module, torch.nn.Module):
             there = ", ".join(name for name, _ in student.named_children())
             raise ValueError(f"inherit: the student has no part {part!r}; it has {there}")
+        source = getattr(teacher, part, None)
+        theirs = source.state_dict() if isinstance(source, torch.nn.Module) else {}
         fits = 0
         for name, tensor in module.state_dict().items():
-            found = theirs.get(f"{part}.{name}")
+            found = theirs.get(name)
             if found is not None and found.shape == tensor.shape:
                 tensor.copy_(found)
                 fits += 1 if tensor.dim() == 0 else tensor.numel()

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 
 import students
@@ -105,6 +106,29 @@ def test_other_heads_are_cut_distilled_and_resumed_alike(start, interrupt, setti
     assert student.recipe["head"] == head and len(student.plans) == 1
     for file in ("model.safetensors", "plans.json"):
         assert (broken / "student" / file).read_bytes() == (whole / "student" / file).read_bytes(), file
+    assert results(broken) == results(whole)
+
+
+def test_a_selection_of_the_teachers_channels_comes_back(start, interrupt, settings, tmp_path):
+    # one cut before the interruption, one after; what the loss has learnt of the channels is cut along
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings["student"] = settings["student"] | {"channels": 24}
+    settings["losses"] = {"mimic": {"name": "mgd", "adapter": "select"}}
+    settings["pruning"] |= {"importance": "group_l1", "ranking": "uniform", "round_to": 4, "end": 2, "every": 1}
+    settings["train"]["epochs"] = 3
+    assert start("whole") == 0
+    settings["teacher"] = {"path": str(whole / "teacher")}
+    interrupt(3, while_distilling=True)
+    with pytest.raises(Interrupted):
+        start("broken")
+    assert start("broken", "--resume", str(broken)) == 0
+    ours, theirs = (torch.load(run / "checkpoints/epoch_0003.pt", weights_only=True) for run in (broken, whole))
+    kept = theirs["unit"]["terms.mimic.adapters.P3.kept"].tolist()
+    assert len(ours["progress"]["plans"]) == 2 and len(kept) < 24 and kept != list(range(len(kept)))
+    assert ours["unit"].keys() == theirs["unit"].keys()
+    assert all(torch.equal(tensor, theirs["unit"][name]) for name, tensor in ours["unit"].items())
+    for number, state in ours["optimizer"]["state"].items():
+        assert all(torch.equal(value, theirs["optimizer"]["state"][number][key]) for key, value in state.items())
     assert results(broken) == results(whole)
 
 

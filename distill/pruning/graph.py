@@ -11,6 +11,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from distill.distiller import Distiller
+from distill.terms.adapter import ChannelSelection
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGro
         traced,
         torch.full((1, 3, *image_size), 0.5),
         forward_fn=lambda module, images: module.traced_outputs(images),
+        customized_pruners={ChannelSelection: _SelectionRule()},
         verbose=False,
     )
     names = {module: name for name, module in traced.named_modules()}
@@ -89,6 +91,20 @@ def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGro
     return groups
 
 
+class _SelectionRule(torch_pruning.BasePruningFunc):
+    """Tells the tracer that a selection's channels come out as they go in; it is asked for widths only."""
+
+    def prune_out_channels(self, layer: ChannelSelection, idxs: list[int]) -> ChannelSelection:
+        raise NotImplementedError("plans cut, the tracer does not")
+
+    prune_in_channels = prune_out_channels  # the same function: that is what ties the two together
+
+    def get_out_channels(self, layer: ChannelSelection) -> int:
+        return len(layer.kept)
+
+    get_in_channels = get_out_channels
+
+
 def _is_indivisible(layer: nn.Module) -> bool:
     """Whether a layer ties channels together in sets: they could only go whole set by whole set, so they all stay."""
     if isinstance(layer, nn.modules.conv._ConvNd):
@@ -105,6 +121,6 @@ def _sliced_tensors(layer: nn.Module, is_output: bool) -> list[tuple[str, int]]:
             isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels
         )
         return [("weight", 0), *vectors] if is_output or depthwise else [("weight", 1)]
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.PReLU):
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.PReLU | ChannelSelection):
         return vectors
     raise ValueError(f"pruning: no rule for cutting {type(layer).__name__} layers")

@@ -16,6 +16,7 @@ from distill.pruning.budget import meet_macs
 from distill.pruning.graph import ChannelGroup, find_groups
 from distill.pruning.importance import IMPORTANCES, NEED_SALIENCY, Saliency, macs_by_channel, rank_within_group
 from distill.pruning.schedule import cuts_at, share_left
+from distill.terms.adapter import ChannelSelection
 from students.plan import Plan, apply_plan, named_tensors
 
 
@@ -90,10 +91,12 @@ class Pruner:
             except ValueError as error:
                 raise UserError(f"pruning.importance: {error}") from None
         if least > self.target:
+            held = any(isinstance(layer, ChannelSelection) for layer in unit.output_layers)
             raise UserError(
                 f"pruning.target: {self.target} cannot be reached; with every width cut to "
                 f"{f'{self.floor:g} of itself or ' if self.floor else ''}{self.round_to} this student still has "
                 f"{least:.3f} of its MACs; raise the target, or lower pruning.round_to or pruning.floor"
+                f"{', or choose another adapter than identity, which holds the pyramid at its width' if held else ''}"
             )
 
     def plan(self, unit: Distiller, epoch: int, saliency: Saliency | None = None) -> Plan:

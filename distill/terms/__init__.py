@@ -1,6 +1,6 @@
 """Knowledge terms: what a run's `losses` section is made of, one class a loss."""
 
-from distill.terms.base import FeatureTerm, KnowledgeTerm, level_name, match_levels
+from distill.terms.base import FeatureTerm, KnowledgeTerm, Level, describe_pairs, level_name, match_levels
 from distill.terms.cross_head import CrossKDTerm
 from distill.terms.feature_mimic import (
     CWDTerm,
@@ -29,12 +29,14 @@ __all__ = [
     "FeatureTerm",
     "KnowledgeTerm",
     "LDTerm",
+    "Level",
     "MGDTerm",
     "MaskedMimicTerm",
     "PKDTerm",
     "PlainMimicTerm",
     "PseudoLabelTerm",
     "ScoreWeightedMimicTerm",
+    "describe_pairs",
     "level_name",
     "match_levels",
 ]

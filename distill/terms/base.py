@@ -3,47 +3,78 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.terms.adapter import ChannelSelection, build_adapter
 from losses.precision import at_least_float32
 from students import DenseOutput, Detector
 
 Targets = Sequence[dict[str, Tensor]]
 
 
-def level_name(stride: int) -> str:
-    """P3 for a stride of 8."""
-    return f"P{int(math.log2(stride))}"
+def level_name(stride: float) -> str:
+    """P3 for a stride of 8; one that is no power of two is called by itself."""
+    exponent = math.log2(stride)
+    return f"P{exponent:.0f}" if exponent.is_integer() else f"stride {stride:.3g}"
 
 
 def match_levels(
-    student_strides: tuple[int, ...], teacher_strides: tuple[int, ...], levels: Sequence[str] | None = None
+    student_strides: Sequence[float],
+    teacher_strides: Sequence[float],
+    levels: Sequence[str] | None = None,
+    interpolate: bool = False,
 ) -> list[tuple[int, int]]:
-    """Pairs (student level, teacher level) of equal stride, fine to coarse.
+    """Pairs (student level, teacher level) by stride, fine to coarse.
 
     Args:
-        student_strides: pixels, fine to coarse.
-        teacher_strides: likewise.
-        levels: names of the student's levels to pair, such as P3; all that have a partner if None.
+        student_strides: pixels of the student's image, fine to coarse.
+        teacher_strides: likewise, of the same pixels.
+        levels: names of the student's levels to pair, such as P3; all that find a partner if None.
+        interpolate: a level without a partner of equal stride takes the nearest within a factor of 2, of two equally
+            near ones the finer; otherwise it has none.
 
     Raises:
-        ValueError: no stride in common, or a level that one of them does not have.
+        ValueError: no level finds a partner, or one of `levels` does not.
     """
-    pairs = [(i, teacher_strides.index(s)) for i, s in enumerate(student_strides) if s in teacher_strides]
+    pairs = []
+    for i, stride in enumerate(student_strides):
+        nearest = min(teacher_strides, key=lambda other: (abs(math.log2(other / stride)), other))
+        if nearest == stride or (interpolate and max(nearest / stride, stride / nearest) <= 2):
+            pairs.append((i, teacher_strides.index(nearest)))
     if not pairs:
         raise ValueError(
             f"levels: the student's levels (strides {list(student_strides)}) and the teacher's "
-            f"({list(teacher_strides)}) have none in common; change student.levels"
+            f"({list(teacher_strides)}) have none in common{' and none within a factor of 2' if interpolate else ''}; "
+            "change student.levels"
         )
     if levels is None:
         return pairs
-    common = {level_name(student_strides[i]): (i, j) for i, j in pairs}
+    found = {level_name(student_strides[i]): (i, j) for i, j in pairs}
     for level in levels:
-        if level not in common:
-            raise ValueError(f"levels: {level} does not exist; student and teacher have {', '.join(common)} in common")
-    return [pair for name, pair in common.items() if name in levels]
+        if level not in found:
+            rule = "a stride within a factor of 2" if interpolate else "an equal stride, location by location"
+            raise ValueError(f"levels: {level} finds no partner; this loss needs {rule}, as have {', '.join(found)}")
+    return [pair for name, pair in found.items() if name in levels]
+
+
+def describe_pairs(
+    pairs: Sequence[tuple[int, int]], student_strides: Sequence[float], teacher_strides: Sequence[float]
+) -> str:
+    """Such as 'P3-P5 by stride, P6 from the teacher's P5'."""
+    equal = [i for i, j in pairs if student_strides[i] == teacher_strides[j]]
+    names = [level_name(student_strides[i]) for i in equal]
+    if len(equal) > 2 and equal == list(range(equal[0], equal[-1] + 1)):
+        names = [f"{names[0]}-{names[-1]}"]
+    parts = [f"{', '.join(names)} by stride"] if names else []
+    parts += [
+        f"{level_name(student_strides[i])} from the teacher's {level_name(teacher_strides[j])}, interpolated"
+        for i, j in pairs
+        if i not in equal
+    ]
+    return "; ".join(parts)
 
 
 class KnowledgeTerm(nn.Module, ABC):
@@ -52,16 +83,21 @@ class KnowledgeTerm(nn.Module, ABC):
     Args:
         student: read for its strides and widths; not kept.
         teacher: likewise.
-        levels: names of the student's levels that take part; all that the teacher has too if None.
+        levels: names of the student's levels that take part; all that find a partner if None, see `match_levels`.
 
     Attributes:
-        pairs: (student level, teacher level) of equal stride.
+        interpolates: whether levels of unlike stride may meet; sound for maps, not for what is said of each location.
+        pairs: (student level, teacher level).
+        pairing: the same in words; empty where levels do not matter.
         level_names: the pairs' names, such as P3.
     """
 
+    interpolates: ClassVar[bool] = False
+
     def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None):
         super().__init__()
-        self.pairs = match_levels(student.strides, teacher.strides, levels)
+        self.pairs = match_levels(student.strides, teacher.strides, levels, self.interpolates)
+        self.pairing = describe_pairs(self.pairs, student.strides, teacher.strides)
         self.level_names = [level_name(student.strides[i]) for i, _ in self.pairs]
 
     def bind(self, student: Detector, teacher: Detector) -> None:
@@ -90,6 +126,26 @@ class KnowledgeTerm(nn.Module, ABC):
         return ()
 
 
+class Level(NamedTuple):
+    """One pyramid level of both detectors, brought together.
+
+    Attributes:
+        name: the student's, such as P3.
+        student: (B, C, H, W) behind its adapter.
+        teacher: the same shape.
+        teacher_logits: (B, A*K, H, W) class scores of the teacher's head there, before the sigmoid.
+        boxes: (N_i, 4) xyxy in pixels for each image, the ground truth.
+        image_size: height and width of the batch, pixels.
+    """
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    teacher_logits: Tensor
+    boxes: list[Tensor]
+    image_size: tuple[int, int]
+
+
 class FeatureTerm(KnowledgeTerm):
     """A term over pyramid maps, summed over the levels, each behind an adapter to the teacher's width.
 
@@ -97,23 +153,29 @@ class FeatureTerm(KnowledgeTerm):
         student: see `KnowledgeTerm`.
         teacher: likewise.
         levels: likewise.
-        kernel: of the adapter, a convolution: 1 or 3.
+        adapter: see `build_adapter`.
         settings: the loss's own, handed on as they are.
+
+    Raises:
+        ValueError: no levels to pair, or widths that the adapter cannot bring together.
     """
+
+    interpolates = True
 
     def __init__(
         self,
         student: Detector,
         teacher: Detector,
         levels: Sequence[str] | None = None,
-        kernel: int = 1,
+        adapter: str = "conv1",
         **settings: float,
     ):
         super().__init__(student, teacher, levels)
         self.settings = settings
+        self._holds_widths = adapter != "select"
         self.adapters = nn.ModuleDict(
             {
-                name: nn.Conv2d(student.feature_channels[i], teacher.feature_channels[j], kernel, padding=kernel // 2)
+                name: build_adapter(adapter, student.feature_channels[i], teacher.feature_channels[j], name)
                 for name, (i, j) in zip(self.level_names, self.pairs)
             }
         )
@@ -121,25 +183,23 @@ class FeatureTerm(KnowledgeTerm):
     def forward(
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
     ) -> Tensor:
-        adapted = self.traced(student.features)
-        return sum(
-            self.level_loss(
-                name, x, *(resize_like(y[j], x) for y in (teacher.features, teacher.class_logits)), targets, image_size
-            )
-            for name, x, (_, j) in zip(self.level_names, adapted, self.pairs)
-        )
+        adapted = self.adapt(student.features)
+        boxes = [target["boxes"].to(adapted[0].device) for target in targets]
+        losses = []
+        for (name, adapter), x, (_, j) in zip(self.adapters.items(), adapted, self.pairs):
+            y, logits = teacher.features[j], resize_like(teacher.class_logits[j], x)
+            if isinstance(adapter, ChannelSelection):
+                y = adapter.select(y)
+            losses.append(self.level_loss(Level(name, x, resize_like(y, x), logits, boxes, image_size)))
+        return sum(losses)
 
     @abstractmethod
-    def level_loss(
-        self,
-        name: str,
-        student: Tensor,
-        teacher: Tensor,
-        teacher_logits: Tensor,
-        targets: Targets,
-        image_size: tuple[int, int],
-    ) -> Tensor:
-        """The loss of one level, of two maps (B, C, H, W) of the same shape; other arguments as in `forward`."""
+    def level_loss(self, level: Level) -> Tensor:
+        """The loss of one level."""
+
+    def adapt(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        """The student's maps behind their adapters."""
+        return [adapter(features[i]) for adapter, (i, _) in zip(self.adapters.values(), self.pairs)]
 
     def at_each_level(self, build: Callable[..., nn.Module], teacher: Detector) -> nn.ModuleDict:
         """A module of its own for each level, of the teacher's width and the term's settings."""
@@ -147,11 +207,11 @@ class FeatureTerm(KnowledgeTerm):
         return nn.ModuleDict({name: build(c, **self.settings) for name, c in zip(self.level_names, widths)})
 
     def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
-        return [adapter(features[i]) for adapter, (i, _) in zip(self.adapters.values(), self.pairs)]
+        return self.adapt(features)
 
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:
-        return tuple(self.adapters.values())
+        return tuple(self.adapters.values()) if self._holds_widths else ()
 
 
 def resize_like(teacher: Tensor, student: Tensor) -> Tensor:

@@ -2,46 +2,47 @@
 
 from torch import Tensor
 
-from distill.terms.base import FeatureTerm, Targets
+from distill.terms.base import FeatureTerm, Level
 from distill.terms.soft_label import best_scores
 from losses import FGD, MGD, cwd, foreground_mask, masked_mimic, pkd, plain_mimic, score_weighted_mimic
+from losses.focal_global import GlobalContext
 from students import Detector
 
 
 class PlainMimicTerm(FeatureTerm):
     """See `losses.plain_mimic`."""
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return plain_mimic(student, teacher)
+    def level_loss(self, level: Level) -> Tensor:
+        return plain_mimic(level.student, level.teacher)
 
 
 class PKDTerm(FeatureTerm):
     """See `losses.pkd`."""
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return pkd(student, teacher)
+    def level_loss(self, level: Level) -> Tensor:
+        return pkd(level.student, level.teacher)
 
 
 class ScoreWeightedMimicTerm(FeatureTerm):
     """See `losses.score_weighted_mimic`; the weights are the teacher's highest class scores."""
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return score_weighted_mimic(student, teacher, best_scores(teacher_logits))
+    def level_loss(self, level: Level) -> Tensor:
+        return score_weighted_mimic(level.student, level.teacher, best_scores(level.teacher_logits))
 
 
 class MaskedMimicTerm(FeatureTerm):
     """See `losses.masked_mimic`; the mask is where the ground truth has boxes."""
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        mask = foreground_mask(boxes_of(targets, student), image_size, tuple(student.shape[2:]))
-        return masked_mimic(student, teacher, mask)
+    def level_loss(self, level: Level) -> Tensor:
+        mask = foreground_mask(level.boxes, level.image_size, tuple(level.student.shape[2:]))
+        return masked_mimic(level.student, level.teacher, mask)
 
 
 class CWDTerm(FeatureTerm):
     """See `losses.cwd`."""
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return cwd(student, teacher, **self.settings)
+    def level_loss(self, level: Level) -> Tensor:
+        return cwd(level.student, level.teacher, **self.settings)
 
 
 class MGDTerm(FeatureTerm):
@@ -51,8 +52,12 @@ class MGDTerm(FeatureTerm):
         super().__init__(student, teacher, *arguments, **settings)
         self.levels = self.at_each_level(MGD, teacher)
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return self.levels[name](student, teacher)
+    def level_loss(self, level: Level) -> Tensor:
+        return self.levels[level.name](level.student, level.teacher)
+
+    def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        # what comes out meets the teacher's map channel by channel, as what goes in would
+        return [x + level.generation(x) for x, level in zip(self.adapt(features), self.levels.values())]
 
 
 class FGDTerm(FeatureTerm):
@@ -62,10 +67,16 @@ class FGDTerm(FeatureTerm):
         super().__init__(student, teacher, *arguments, **settings)
         self.levels = self.at_each_level(FGD, teacher)
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return self.levels[name](student, teacher, boxes_of(targets, student), image_size)
+    def level_loss(self, level: Level) -> Tensor:
+        return self.levels[level.name](level.student, level.teacher, level.boxes, level.image_size)
+
+    def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        pairs = zip(self.adapt(features), self.levels.values())
+        return [y for x, level in pairs for block in level.relation.children() for y in _outputs(block, x)]
 
 
-def boxes_of(targets: Targets, features: Tensor) -> list[Tensor]:
-    """The ground truth's boxes, (N_i, 4) an image, where the features are."""
-    return [target["boxes"].to(features.device) for target in targets]
+def _outputs(block: GlobalContext, features: Tensor) -> list[Tensor]:
+    """All that the channels run through. The matrix product that pools by attention mixes locations, not channels; a
+    tracer cannot know, so the block is shown without it."""
+    context = features.mean(dim=(2, 3), keepdim=True)
+    return [block.attention(features), features + block.transform(context)]

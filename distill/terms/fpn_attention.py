@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill.terms.base import FeatureTerm, KnowledgeTerm, Targets, resize_like
+from distill.terms.base import FeatureTerm, KnowledgeTerm, Level, Targets, resize_like
 from losses import AttentionGuided, attention_transfer, fgd_attention, fuse_levels
 from students import DenseOutput, Detector
 
@@ -20,6 +20,8 @@ class AttentionTransferTerm(KnowledgeTerm):
         levels: likewise.
         match: `levels` pairs level with level, `fused` the mean of all of them with that of the teacher's.
     """
+
+    interpolates = True
 
     def __init__(
         self,
@@ -37,19 +39,22 @@ class AttentionTransferTerm(KnowledgeTerm):
         ours = [student.features[i] for i, _ in self.pairs]
         theirs = [teacher.features[j] for _, j in self.pairs]
         if self.match == "fused":
-            ours, theirs = [fuse_levels(ours)], [fuse_levels(theirs)]
+            once = dict.fromkeys(j for _, j in self.pairs)  # a level may be the nearest of two
+            ours, theirs = [fuse_levels(ours)], [fuse_levels([teacher.features[j] for j in once])]
         return sum(attention_transfer(x, resize_like(y, x)) for x, y in zip(ours, theirs))
 
 
 class FGDAttentionTerm(FeatureTerm):
     """See `losses.fgd_attention`: the attention part of FGD by itself."""
 
-    def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
-        return fgd_attention(student, teacher, **self.settings)
+    def level_loss(self, level: Level) -> Tensor:
+        return fgd_attention(level.student, level.teacher, **self.settings)
 
 
 class AttentionGuidedTerm(KnowledgeTerm):
     """See `losses.AttentionGuided`, which brings adapters of its own, one module a level."""
+
+    interpolates = True
 
     def __init__(
         self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None, **settings: float | bool

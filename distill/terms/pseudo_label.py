@@ -33,6 +33,7 @@ class PseudoLabelTerm(KnowledgeTerm):
         score_threshold: float = 0.3,
     ):
         super().__init__(student, student)  # it pairs with whatever there is
+        self.pairing = ""
         if levels is not None:
             raise ValueError("levels: detections belong to no level; leave it out")
         self.score_threshold = score_threshold

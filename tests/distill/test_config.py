@@ -95,6 +95,16 @@ def test_overrides_that_are_none(write, override, message):
         ),
         ("losses.more={weight: 1}", "losses.more.name: is missing; choose 'dense_sigmoid', "),
         ("losses.more=pkd", "losses.more: "),
+        (
+            "losses.feature_mimic.adapter=conv5",
+            "losses.feature_mimic.adapter: 'conv5' is not allowed; choose ",
+        ),
+        ("losses.soft_label.adapter=conv1", "losses.soft_label.adapter: no such key; "),
+        (
+            "teacher.image_size=[64, 128]",
+            "teacher.image_size: [64, 128] and data.image_size, [64, 64], are of unlike shape; give a multiple, such ",
+        ),
+        ("teacher.image_size=[64]", "teacher.image_size: found [64]; give [height, width] in pixels, or one number"),
         ("teacher=null", "losses are given but no teacher; add a teacher section, or remove losses"),
         (
             "teacher.train=null",

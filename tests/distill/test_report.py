@@ -202,6 +202,11 @@ def test_brackets_come_out_as_they_are(terminal):
         assert f"{number} {BRACKETS}" in shown
 
 
+def test_rows_of_several_lines_stay_in_their_column(capsys):
+    Report().banner("distill", {"Devices": "cpu", "Levels": "a: P3\nb: P4"})
+    assert capsys.readouterr().out == "distill\nDevices   cpu\nLevels    a: P3\n          b: P4\n"
+
+
 def test_banner(capsys):
     Report().banner("distill · configs/bccd.yaml", {"Devices": "2 x CPU", "Distillation": "soft_label x 1.0"})
     assert capsys.readouterr().out.splitlines() == [

@@ -15,6 +15,7 @@ from distill.terms import (
     PKDTerm,
     PlainMimicTerm,
     PseudoLabelTerm,
+    describe_pairs,
     match_levels,
 )
 from losses import attention_transfer, dense_sigmoid, fuse_levels, plain_mimic
@@ -64,8 +65,31 @@ def test_levels_meet_at_equal_strides():
     assert match_levels((8, 16, 32), (8, 16, 32)) == [(0, 0), (1, 1), (2, 2)]
     assert match_levels((8, 16, 32), (4, 8, 16)) == [(0, 1), (1, 2)]
     assert match_levels((32, 64), (8, 16, 32)) == [(0, 2)]
-    with pytest.raises(ValueError, match=r"strides \[8, 16\]\) and the teacher's \(\[32, 64\]\) have none in common"):
+    with pytest.raises(ValueError, match=r"strides \[8, 16\]\) and the teacher's \(\[32, 64\]\) have none in common;"):
         match_levels((8, 16), (32, 64))
+
+
+def test_levels_of_unlike_strides_meet_within_a_factor_of_2():
+    assert match_levels((8, 16, 32, 64), (8, 16, 32), interpolate=True) == [(0, 0), (1, 1), (2, 2), (3, 2)]
+    assert match_levels((8, 16, 32, 64, 128), (16, 32), interpolate=True) == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert match_levels((16,), (32, 8), interpolate=True) == [(0, 1)]  # of two equally near ones the finer
+    assert match_levels((8, 16), (12.0, 24.0), interpolate=True) == [(0, 0), (1, 0)]  # 12/8 and 16/12 against 24/16
+    assert match_levels((8, 16, 32, 64), (8, 16, 32), ["P6", "P3"], interpolate=True) == [(0, 0), (3, 2)]
+    with pytest.raises(ValueError, match=r"have none in common and none within a factor of 2; change student.levels"):
+        match_levels((4, 8), (32, 64), interpolate=True)
+    message = "levels: P7 finds no partner; this loss needs a stride within a factor of 2, as have P5, P6"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        match_levels((32, 64, 128), (32,), ["P7"], interpolate=True)
+
+
+def test_pairs_are_told_in_words():
+    describe = lambda ours, theirs, **more: describe_pairs(match_levels(ours, theirs, **more), ours, theirs)  # noqa: E731
+    assert describe((8, 16, 32), (8, 16, 32)) == "P3-P5 by stride"
+    assert describe((4, 8, 16), (8, 16, 32)) == "P3, P4 by stride"
+    assert describe((8, 16, 32), (8, 16, 32), levels=["P3", "P5"]) == "P3, P5 by stride"
+    found = describe((4, 8, 16, 32), (8, 16), interpolate=True)
+    assert found == "P3, P4 by stride; P2 from the teacher's P3, interpolated; P5 from the teacher's P4, interpolated"
+    assert describe((8,), (12.0,), interpolate=True) == "P3 from the teacher's stride 12, interpolated"
 
 
 @torch.no_grad()
@@ -74,14 +98,14 @@ def test_each_term_is_its_loss_over_the_common_levels(build_tiny, images):
     teacher = build_tiny(seed=1, levels=(2, 3, 4), channels=24).eval()
     ours, theirs = student(images), teacher(images)
     soft = DenseSigmoidTerm(student, teacher, beta=2.0)
-    mimic = PlainMimicTerm(student, teacher)
-    attention = AttentionTransferTerm(student, teacher)
+    mimic = PlainMimicTerm(student, teacher, levels=["P3", "P4"])
+    attention = AttentionTransferTerm(student, teacher, levels=["P3", "P4"])
     pairs = [(0, 1), (1, 2)]
     assert torch.equal(
         soft(ours, theirs, [], (64, 64)),
         dense_sigmoid([ours.class_logits[i] for i, _ in pairs], [theirs.class_logits[j] for _, j in pairs], 2.0),
     )
-    assert list(mimic.adapters) == ["P3", "P4"]
+    assert list(mimic.adapters) == mimic.level_names == ["P3", "P4"]
     adapted = [adapter(ours.features[i]) for adapter, (i, _) in zip(mimic.adapters.values(), pairs)]
     assert [x.shape[1] for x in adapted] == [24, 24]
     wanted = sum(plain_mimic(x, theirs.features[j]) for x, (_, j) in zip(adapted, pairs))
@@ -218,7 +242,7 @@ def test_every_term_with_levels_takes_a_choice_of_them(build_pair, images, targe
     assert term.level_names == ["P4"] and term.pairs == [(1, 1)]
     output = student(images)
     term(output, teacher(images), targets, (64, 64)).backward()
-    with pytest.raises(ValueError, match="levels: P8 does not exist; student and teacher have P3, P4, P5 in common"):
+    with pytest.raises(ValueError, match=r"levels: P8 finds no partner; this loss needs .*, as have P3, P4, P5$"):
         TERMS[name](student, teacher, levels=["P4", "P8"])
 
 
@@ -247,6 +271,31 @@ def test_fused_attention_compares_one_map(pair, images):
     fused = AttentionTransferTerm(student, teacher, match="fused")(ours, theirs, [], (64, 64))
     wanted = attention_transfer(fuse_levels(ours.features), fuse_levels(theirs.features))
     assert torch.equal(fused, wanted)
+
+
+@torch.no_grad()
+def test_a_level_that_only_interpolation_pairs(build_tiny, images):
+    student, teacher = build_tiny(levels=(5, 6)).eval(), build_tiny(seed=1, levels=(4, 5), channels=24).eval()
+    ours, theirs = student(images), teacher(images)
+    mean = theirs.features[1].mean(dim=(2, 3), keepdim=True)  # of 2x2 cells, seen from the middle of all four
+    mimic = PlainMimicTerm(student, teacher, levels=["P6"])
+    assert mimic.pairs == [(1, 1)]
+    wanted = plain_mimic(mimic.adapters["P6"](ours.features[1]), mean)
+    torch.testing.assert_close(mimic(ours, theirs, [], (64, 64)), wanted)
+    # without a choice the level takes part as well
+    assert PlainMimicTerm(student, teacher).pairs == AttentionTransferTerm(student, teacher).pairs == [(0, 1), (1, 1)]
+    fused = AttentionTransferTerm(student, teacher, match="fused")(ours, theirs, [], (64, 64))
+    wanted = attention_transfer(fuse_levels(ours.features), mean)  # the teacher's only once
+    torch.testing.assert_close(fused, wanted)
+
+
+@pytest.mark.parametrize("name", ["dense_sigmoid", "box_mimic", "cross_kd"])
+def test_what_is_said_of_each_location_is_not_interpolated(build_tiny, name):
+    student, teacher = build_tiny(levels=(5, 6)), build_tiny(seed=1, levels=(4, 5))
+    assert TERMS[name](student, teacher).pairs == [(0, 1)]
+    message = "levels: P6 finds no partner; this loss needs an equal stride, location by location, as have P5"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TERMS[name](student, teacher, levels=["P6"])
 
 
 def test_maps_of_unlike_sizes_are_brought_together(build_tiny, images):

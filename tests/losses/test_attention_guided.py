@@ -11,25 +11,11 @@ def guided(student, teacher):
     return attention_guided(student, student, teacher)
 
 
-def relation(student, teacher):
-    torch.manual_seed(0)
-    module = NonLocalRelation(student.shape[1], teacher.shape[1])
-    return _shaken(module, student.dtype)(student, teacher)
-
-
-def whole(student, teacher):
-    torch.manual_seed(0)
-    return _shaken(AttentionGuided(student.shape[1], teacher.shape[1]), student.dtype)(student, teacher)
-
-
 def _shaken(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """With blocks that are no longer the identity, in the type the loss computes in."""
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return module.to(torch.promote_types(dtype, torch.float32))
-
-
-LOSSES = [guided, relation, whole]
 
 
 def test_attention_guided_of_known_maps():
@@ -179,21 +165,6 @@ def test_the_whole_is_the_weighted_sum_of_its_parts():
     torch.testing.assert_close(module(student, teacher), expected)
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_only_the_student_learns(loss_of, dtype, autocast):
-    student = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    teacher = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = loss_of(student, teacher)
-    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
-    torch.testing.assert_close(loss, loss_of(student.float(), teacher.float()))  # float32 also under autocast
-    loss.backward()
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
-
-
 def test_adapters_and_both_blocks_learn():
     module = _shaken(AttentionGuided(4, 5, 1.0, 1.0, 1.0), torch.float64)
     module(torch.randn(2, 4, 4, 4).double(), torch.randn(2, 5, 4, 4).double()).backward()
@@ -202,36 +173,10 @@ def test_adapters_and_both_blocks_learn():
     assert still == {"relation.student_block.output.bias", "relation.teacher_block.output.bias"}
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_one_pixel_maps_are_finite(loss_of):
-    student = torch.randn(2, 3, 1, 1, requires_grad=True)
-    loss = loss_of(student, torch.randn(2, 3, 1, 1))
-    loss.backward()
-    assert loss.isfinite() and student.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_memory_format_does_not_matter(loss_of):
-    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    other = loss_of(student.to(memory_format=torch.channels_last), teacher.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(other, loss_of(student, teacher))
-
-
 def test_gradients_are_those_of_the_values():
     student, teacher = torch.randn(2, 2, 2, 2, 3, dtype=torch.float64)
     adapted = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: attention_guided(student, x, teacher), adapted)
-    # The whole is left out: its mask, which depends on the student too, is a constant to it.
-    student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: relation(x, teacher), student)
-
-
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_locations_are_checked(loss_of):
-    with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\) and teacher \(2, 2, 4, 3\) must agree in batch, height"):
-        loss_of(torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4, 3))
-    with pytest.raises(ValueError, match=r"must be \(B, C, H, W\), not empty"):
-        loss_of(torch.zeros(2, 2, 0, 4), torch.zeros(2, 2, 0, 4))
 
 
 def test_widths_are_checked():

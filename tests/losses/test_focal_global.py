@@ -15,14 +15,6 @@ def focal(student, teacher):
     return fgd_focal(student, teacher, torch.ones(len(student), *student.shape[2:]))
 
 
-def whole(student, teacher):
-    """The whole loss of three channels, with learnt blocks that are no longer the identity."""
-    torch.manual_seed(0)
-    fgd = FGD(student.shape[1]).to(torch.promote_types(student.dtype, torch.float32))
-    shake(fgd)
-    return fgd(student, teacher, BOXES, (32, 32))
-
-
 def relation(student, teacher):
     torch.manual_seed(0)
     module = FGDGlobal(student.shape[1]).to(torch.promote_types(student.dtype, torch.float32))
@@ -33,9 +25,6 @@ def relation(student, teacher):
 def shake(module: nn.Module) -> None:
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-
-
-LOSSES = [focal, relation, whole]
 
 
 def test_focal_of_known_maps():
@@ -160,21 +149,6 @@ def test_zero_where_student_equals_teacher():
     assert relation(features, features.clone()).item() > 0
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_only_the_student_learns(loss_of, dtype, autocast):
-    student = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    teacher = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = loss_of(student, teacher)
-    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
-    torch.testing.assert_close(loss, loss_of(student.float(), teacher.float()))  # float32 also under autocast
-    loss.backward()
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
-
-
 def test_both_blocks_learn():
     torch.manual_seed(0)  # no hidden channel is behind a closed ReLU everywhere
     module = FGDGlobal(8)
@@ -185,38 +159,11 @@ def test_both_blocks_learn():
     assert names == {"student_context.attention.bias", "teacher_context.attention.bias"}
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_one_pixel_maps_are_finite(loss_of):
-    student = torch.randn(2, 3, 1, 1, requires_grad=True)
-    loss = loss_of(student, torch.randn(2, 3, 1, 1))
-    loss.backward()
-    assert loss.isfinite() and student.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_memory_format_does_not_matter(loss_of):
-    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    other = loss_of(student.to(memory_format=torch.channels_last), teacher.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(other, loss_of(student, teacher))
-
-
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_gradients_are_those_of_the_values(loss_of):
-    student = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(2, 2, 2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: loss_of(x, teacher), student)
-
-
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_shapes_are_checked(loss_of):
-    with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\) and \(2, 3, 4, 4\) differ"):
-        loss_of(torch.zeros(2, 2, 4, 4), torch.zeros(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"must be \(B, C, H, W\), not empty"):
-        loss_of(torch.zeros(2, 2, 0, 4), torch.zeros(2, 2, 0, 4))
-
-
 def test_masks_boxes_and_widths_are_checked():
     features = torch.zeros(2, 3, 4, 4)
+    for loss_of in (focal, FGDGlobal(2), lambda x, y: FGD(2)(x, y, BOXES, (32, 32))):
+        with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\) and \(2, 3, 4, 4\) differ"):
+            loss_of(features[:, :2], features)
     with pytest.raises(ValueError, match=r"mask: shape \(2, 1, 4, 4\) for features \(2, 3, 4, 4\)"):
         fgd_focal(features, features, torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"mask: shape \(1, 4, 4\) for features \(2, 3, 4, 4\)"):

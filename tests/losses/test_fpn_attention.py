@@ -33,18 +33,6 @@ def test_silent_maps_are_finite():
     assert student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_student_learns(dtype):
-    student = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    teacher = torch.randn(2, 5, 4, 4, dtype=dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = attention_transfer(student, teacher)
-    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
-    loss.backward()
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
-
-
 def test_shapes_are_checked():
     features = torch.zeros(2, 3, 4, 4)
     for other in [(1, 3, 4, 4), (2, 3, 2, 4), (2, 3, 4, 2)]:
@@ -106,30 +94,6 @@ def test_fgd_attention_of_one_location_or_channel_is_finite(shape):
     loss = fgd_attention(student, torch.randn(shape))
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
-
-
-def test_fgd_attention_gradient():
-    student = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(2, 2, 2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: fgd_attention(x, teacher), student)  # smooth almost everywhere
-
-
-def test_fgd_attention_does_not_depend_on_the_memory_format():
-    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    other = fgd_attention(student.to(memory_format=torch.channels_last), teacher.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(other, fgd_attention(student, teacher))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fgd_attention_teaches_only_the_student(dtype):
-    student = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    teacher = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = fgd_attention(student, teacher)
-    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
-    loss.backward()
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
 
 
 def test_fgd_attention_checks_shapes():
