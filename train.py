@@ -30,7 +30,6 @@ from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
-from distill.pruning.saliency import measure_saliency
 from distill.report import Report, StepProgress, human_count
 from distill.run_folder import RunFolder
 from distill.schema import Config
@@ -187,8 +186,8 @@ def fit(
         plan, ap_after_cut = None, None
         if pruner and epoch in pruner.epochs:
             batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device, 16)
-            saliency = measure_saliency(unit, teacher, batches) if pruner.needs_saliency else None
-            plan = agree(accelerator, pruner.plan(unit, epoch, saliency) if accelerator.is_main_process else None)
+            evidence = pruner.measure(unit, teacher, batches)
+            plan = agree(accelerator, pruner.plan(unit, epoch, evidence) if accelerator.is_main_process else None)
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}

@@ -222,7 +222,13 @@ class PruningConfig(Section):
     end: Annotated[int, Field(ge=0, strict=True)]
     every: Count = 1
     schedule: Literal["cubic", "linear", "exponential"] = "cubic"  # how much each of the cuts takes
-    importance: Literal["group_l1", "group_l2", "fpgm", "bn_scale", "lamp", "taylor", "random"] = "group_l1"
+    importance: Literal[
+        "group_l1", "group_l2", "fpgm", "bn_scale", "lamp",  # by weights
+        "taylor", "taylor_gate", "group_fisher",  # by gradients of the loss that is trained
+        "mean_activation", "apoz", "hrank",  # by what the channels give on training images
+        "random",
+    ] = "group_l1"  # fmt: skip
+    knowledge: bool = True  # whether gradients are those of the task and the losses, or of the task alone
     ranking: Literal["uniform", "global"] = "uniform"  # the same share of every group, or the weakest channels anywhere
     per_macs: bool = False  # with global ranking: the weakest for what they cost
     floor: Share = 0.0  # what every group keeps of its width

@@ -1,6 +1,7 @@
 """Decides what a student loses before which epoch, and takes it from everything that follows the student's shape."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -8,15 +9,18 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distill.data import Batch
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.measure import count_macs, count_uses
 from distill.pruning.budget import meet_macs
 from distill.pruning.graph import ChannelGroup, find_groups
-from distill.pruning.importance import IMPORTANCES, NEED_SALIENCY, Saliency, macs_by_channel, rank_within_group
+from distill.pruning.importance import IMPORTANCES, Evidence, macs_by_channel, rank_within_group
+from distill.pruning.saliency import trained_loss
 from distill.pruning.schedule import cuts_at, share_left
 from students.plan import Plan, apply_plan, named_tensors
+from teachers import Teacher
 
 
 class Pruner:
@@ -30,7 +34,8 @@ class Pruner:
         end: epoch before which the last cut is made.
         every: epochs between cuts.
         schedule: how much each cut takes, see `distill.pruning.schedule.share_left`.
-        importance: name of a function in `distill.pruning.importance`.
+        importance: a name in `distill.pruning.importance`.
+        knowledge: whether the knowledge terms count where an importance goes by gradients, or the task alone.
         ranking: `uniform` takes the same share of every group, `global` the lowest scores wherever they are.
         per_macs: scores are divided by the multiply-accumulates that go with a channel, so that what is dear and of
             little use goes first; it makes a difference to `global` ranking only.
@@ -39,7 +44,6 @@ class Pruner:
 
     Attributes:
         epochs: before which cuts are made.
-        needs_saliency: whether `plan` wants to know what each parameter adds to the loss.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Pruner:
         every: int = 1,
         schedule: str = "cubic",
         importance: str = "group_l1",
+        knowledge: bool = True,
         ranking: str = "uniform",
         per_macs: bool = False,
         floor: float = 0.0,
@@ -61,7 +66,7 @@ class Pruner:
         self.image_size = image_size
         self.target, self.schedule = target, schedule
         self.importance = IMPORTANCES[importance]
-        self.needs_saliency = importance in NEED_SALIENCY
+        self.knowledge = knowledge
         self.ranking, self.per_macs, self.floor = ranking, per_macs, floor
         self.uncut_widths: dict[str, int] = {}  # by group, as `check` finds them
         self.round_to = round_to
@@ -83,12 +88,12 @@ class Pruner:
                 f"pruning: the channels of student.backbone={unit.student.recipe['backbone']} cannot be cut "
                 f"({reason}); choose another backbone, or leave pruning out (pruning=null)"
             ) from error
-        if not self.needs_saliency:
-            try:
-                for group in groups:
-                    self.importance(group, named_tensors(unit), None)
-            except ValueError as error:
-                raise UserError(f"pruning.importance: {error}") from None
+        try:
+            evidence = self._measure(unit, groups, None, ())
+            for group in groups:
+                self.importance.score(group, named_tensors(unit), evidence)
+        except ValueError as error:
+            raise UserError(f"pruning.importance: {error}") from None
         if least > self.target:
             raise UserError(
                 f"pruning.target: {self.target} cannot be reached; with every width cut to "
@@ -96,18 +101,36 @@ class Pruner:
                 f"{least:.3f} of its MACs; raise the target, or lower pruning.round_to or pruning.floor"
             )
 
-    def plan(self, unit: Distiller, epoch: int, saliency: Saliency | None = None) -> Plan:
+    def measure(self, unit: Distiller, teacher: Teacher | None, batches: Iterable[Batch]) -> Evidence | None:
+        """What the importance goes by, where weights do not say it all; every rank must be given the same batches.
+
+        Args:
+            unit: the student with its terms.
+            teacher: where the unit has terms.
+            batches: of training images; none is drawn where nothing needs to be measured.
+        """
+        return self._measure(unit, find_groups(unit, self.image_size), teacher, batches)
+
+    def _measure(
+        self, unit: Distiller, groups: list[ChannelGroup], teacher: Teacher | None, batches: Iterable[Batch]
+    ) -> Evidence | None:
+        if self.importance.measure is None:
+            return None
+        loss = lambda batch: trained_loss(unit, teacher, batch, self.knowledge)  # noqa: E731
+        return self.importance.measure(unit, groups, batches, loss)
+
+    def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None) -> Plan:
         """The cut that is due before an epoch; empty if the student is small enough already.
 
         Args:
             unit: the student with its adapters.
             epoch: counted from 0.
-            saliency: of the unit's parameters as they are now, for an importance that needs it.
+            evidence: of `measure`, of the unit as it is now.
         """
         done = sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)
         left = share_left(self.schedule, done, self.target)
         groups, tensors = find_groups(unit, self.image_size), named_tensors(unit)
-        scores = [self.importance(group, tensors, saliency) for group in groups]
+        scores = [self.importance.score(group, tensors, evidence) for group in groups]
         if self.per_macs:
             uses = {f"student.{name}": n for name, n in count_uses(unit.student, self.image_size).items()}
             # adapters are not deployed, so what they compute costs nothing; what costs nothing must not go for free
