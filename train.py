@@ -28,6 +28,7 @@ from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluat
 from distill.guards import check_losses, check_terms, check_unchanged, fingerprint
 from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
+from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.report import Report, StepProgress, human_count
@@ -93,7 +94,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     set_seed(config.seed)
     teacher = build.build_teacher(config, data.class_names)
     unit = build.build_unit(config, data.class_names, teacher)
-    pruner = build.build_pruner(config, unit)
+    pruner = build.build_pruner(config, unit, accelerator.device)
 
     run = RunFolder(config.output_dir)
     if not resume:
@@ -202,7 +203,8 @@ def fit(
             progress.record_cut(plan, step=epoch * len(loader))
             ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
             at_once = f"; AP {ap_after_cut:.3f} right after" if ap_after_cut is not None else ""
-            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{at_once}")
+            left = f"{pruner.left(unit):.1%} of the {BUDGETS[pruner.budget]} left, {pruner.due(epoch):.1%} were due"
+            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
 
         def enter_step(step: int, epoch: int = epoch) -> None:
             rate = rate_at(

@@ -1,4 +1,4 @@
-"""How much each channel of a group matters, and what it costs."""
+"""How much each channel of a group matters."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -157,33 +157,6 @@ def sum_by_channel(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor:
 
 def _squared_norms(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
     return sum_by_channel(group, {name: t.float().square() for name, t in tensors.items() if t.dim() > 1})
-
-
-def macs_by_channel(group: ChannelGroup, tensors: Mapping[str, Tensor], uses: Mapping[str, int]) -> Tensor:
-    """(width,) multiply-accumulates that go with each channel while all others stay.
-
-    Args:
-        group: the channels.
-        tensors: the traced module's tensors by name.
-        uses: how often one image uses each entry of a weight, see `distill.measure.count_uses`.
-    """
-    return sum_by_channel(group, {name: torch.full_like(tensors[name], float(n)) for name, n in uses.items()})
-
-
-def rank_within_group(scores: Tensor, uncut_width: int) -> Tensor:
-    """Scores as ranks, so that one threshold leaves the same share of every group's uncut width.
-
-    Norms of pretrained and of new layers, or of early and late ones, are not on one scale; ranks within a group are.
-
-    Args:
-        scores: (width,) of the channels that are left.
-        uncut_width: channels that the group had before any cut.
-
-    Returns:
-        (width,) in (0, 1], 1 for the best.
-    """
-    gone = uncut_width - len(scores)
-    return (scores.argsort(stable=True).argsort() + 1 + gone) / uncut_width
 
 
 IMPORTANCES = {

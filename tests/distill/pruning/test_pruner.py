@@ -13,8 +13,10 @@ SIZE = (64, 64)
 
 
 def pruner_for(unit, **changes):
-    settings = {"target": 0.6, "start": 1, "end": 3, "ranking": "global"}  # tiny widths are too few steps of 8
-    return Pruner(count_macs(unit.student, SIZE), SIZE, **settings | changes)
+    settings = {"target": 0.6, "epochs": [1, 2, 3], "ranking": "global"}  # tiny widths are too few steps of 8
+    pruner = Pruner(SIZE, **settings | changes)
+    pruner.check(unit)
+    return pruner
 
 
 def outputs(detector, images):
@@ -25,14 +27,15 @@ def outputs(detector, images):
 def test_the_schedule_is_followed_within_the_rounding(build_unit):
     unit = build_unit(channels=32)
     uncut = count_macs(unit.student, SIZE)
-    pruner = pruner_for(unit, every=2)
-    assert pruner.epochs == [1, 3]
+    pruner = pruner_for(unit, epochs=[3, 1])
+    assert pruner.uncut == uncut
     optimizer = torch.optim.AdamW(unit.parameters())
     for epoch, wanted in ((1, 0.6 + 0.4 / 8), (3, 0.6)):
         plan = pruner.plan(unit, epoch)
         cut_everywhere(plan, unit, None, optimizer)
         left = count_macs(unit.student, SIZE) / uncut
         assert wanted - 0.12 < left <= wanted
+        assert (pruner.left(unit), pruner.due(epoch)) == (left, pytest.approx(wanted))
     assert len(unit.student.plans) == 2
     assert not pruner.plan(unit, 3)
 
@@ -117,10 +120,11 @@ def test_a_cut_that_does_not_fit_leaves_everything(make_trained, images):
 
 def test_a_target_out_of_reach_is_told(build_unit):
     unit = build_unit()
-    pruner_for(unit).check(unit)
-    message = r"^pruning.target: 0.01 cannot be reached; with every width cut to 8 .* still has 0\.\d+ of its MACs"
-    with pytest.raises(UserError, match=message):
-        pruner_for(unit, target=0.01).check(unit)
+    message = r"^pruning.target: 0.01 cannot be reached; cut as far as may be this student still has 0\.\d+ of its "
+    with pytest.raises(UserError, match=message + r"MACs; raise the target, or lower pruning.round_to \(8\)$"):
+        pruner_for(unit, target=0.01)
+    with pytest.raises(UserError, match=message + r"parameters; .* \(8\) or pruning.floor or pruning.keep$"):
+        pruner_for(unit, target=0.01, budget="params", floor=0.5, keep=["neck.*"])
 
 
 def test_one_process_agrees_with_itself():
