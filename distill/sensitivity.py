@@ -36,6 +36,8 @@ from students.plan import named_tensors
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+SHARES = tuple(n / 10 for n in range(1, 10))
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +90,8 @@ def measure(detector: Detector, config: Config, kind: str, importance: str) -> l
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unit = Distiller(detector.to(device))
-    data = build.build_data(config.data, config.seed)
+    # labels in the detector's order
+    data = build.build_data(config.data.model_copy(update={"classes": detector.class_names}), config.seed)
     groups, criterion = find_groups(unit, config.data.image_size), IMPORTANCES[importance]
     try:
         evidence = None
@@ -102,7 +105,7 @@ def measure(detector: Detector, config: Config, kind: str, importance: str) -> l
     uncut = worth(unit.student)
     rows = []
     with Report().progress(len(groups), "groups") as bar:
-        for row in scan(unit, groups, scores, lambda trial: uncut - worth(trial)):
+        for row in scan(unit, groups, scores, lambda trial: uncut - worth(trial), SHARES):
             if not rows or rows[-1].layer != row.layer:
                 bar.advance(None)
             rows.append(row)

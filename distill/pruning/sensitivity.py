@@ -18,8 +18,6 @@ from distill.pruning.ranking import Curve
 from students import Detector
 from students.plan import apply_plan, named_tensors
 
-SHARES = tuple(n / 10 for n in range(1, 10))
-
 
 class Sensitivity(NamedTuple):
     """What one cut of one group did.
@@ -42,7 +40,7 @@ def scan(
     groups: Sequence[ChannelGroup],
     scores: Sequence[Tensor],
     harm: Callable[[Detector], float],
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float],
 ) -> Iterator[Sensitivity]:
     """Cuts a copy of the student in each group alone, and asks what harm that did; neither trained nor measured anew.
 
