@@ -28,9 +28,9 @@ from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluat
 from distill.guards import check_losses, check_terms, check_unchanged, fingerprint
 from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
+from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
-from distill.pruning.saliency import measure_saliency
 from distill.report import Report, StepProgress, human_count
 from distill.run_folder import RunFolder
 from distill.schema import Config
@@ -94,7 +94,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     set_seed(config.seed)
     teacher = build.build_teacher(config, data.class_names)
     unit = build.build_unit(config, data.class_names, teacher)
-    pruner = build.build_pruner(config, unit)
+    pruner = build.build_pruner(config, unit, accelerator.device)
 
     run = RunFolder(config.output_dir)
     if not resume:
@@ -187,8 +187,8 @@ def fit(
         plan, ap_after_cut = None, None
         if pruner and epoch in pruner.epochs:
             batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device, 16)
-            saliency = measure_saliency(unit, teacher, batches) if pruner.needs_saliency else None
-            plan = agree(accelerator, pruner.plan(unit, epoch, saliency) if accelerator.is_main_process else None)
+            evidence = pruner.measure(unit, teacher, batches)
+            plan = agree(accelerator, pruner.plan(unit, epoch, evidence) if accelerator.is_main_process else None)
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
@@ -203,7 +203,8 @@ def fit(
             progress.record_cut(plan, step=epoch * len(loader))
             ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
             at_once = f"; AP {ap_after_cut:.3f} right after" if ap_after_cut is not None else ""
-            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{at_once}")
+            left = f"{pruner.left(unit):.1%} of the {BUDGETS[pruner.budget]} left, {pruner.due(epoch):.1%} were due"
+            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
 
         def enter_step(step: int, epoch: int = epoch) -> None:
             rate = rate_at(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 import students
@@ -13,6 +14,7 @@ from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.pruner import Pruner
+from distill.pruning.sensitivity import read_curves
 from distill.schema import Config, DataConfig, DenseConfig, TermConfig
 from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
@@ -187,13 +189,20 @@ def build_term(config: TermConfig, student: Detector, teacher: Detector, name: s
         raise UserError(f"losses.{name}.{error}") from None
 
 
-def build_pruner(config: Config, unit: Distiller) -> Pruner | None:
-    """The pruner, once it is known that its target can be reached; None where nothing is to be cut."""
+def build_pruner(config: Config, unit: Distiller, device: torch.device | None = None) -> Pruner | None:
+    """The pruner, once it is known that its target can be reached; None where nothing is to be cut.
+
+    Args:
+        config: whose pruning section counts.
+        unit: the uncut student with its adapters.
+        device: where latency is measured, if that is the budget; None: where the student is.
+    """
     if config.pruning is None:
         return None
-    settings = config.pruning.model_dump(exclude={"warmup_steps", "evaluate"})
-    image_size = config.data.image_size
-    pruner = Pruner(count_macs(unit.student, image_size), image_size, **settings)
+    elsewhere = {"start", "end", "every", "epochs", "sensitivity", "warmup_steps", "evaluate"}
+    curves = read_curves(config.pruning.sensitivity) if config.pruning.sensitivity else None
+    settings = config.pruning.model_dump(exclude=elsewhere)
+    pruner = Pruner(config.data.image_size, epochs=config.pruning.cut_epochs, curves=curves, device=device, **settings)
     pruner.check(unit)
     return pruner
 

@@ -4,6 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from distill.pruning.schedule import cuts_at
+
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -222,27 +224,60 @@ LossConfig = Annotated[
 
 
 class PruningConfig(Section):
-    """Channels are cut at the start of the epochs `start` to `end`, `every` so many."""
+    """Channels are cut at the start of the epochs `start` to `end`, `every` so many, or of given `epochs`."""
 
-    target: Annotated[Number, Field(gt=0, lt=1)]  # MACs left at the end, as a share of the uncut student's
-    start: Annotated[int, Field(ge=0, strict=True)]
-    end: Annotated[int, Field(ge=0, strict=True)]
+    target: Annotated[Number, Field(gt=0, lt=1)]  # what is left at the end, as a share of what the uncut student costs
+    budget: Literal["macs", "params", "memory", "latency"] = "macs"  # memory: of activations; latency: of one image
+    start: Annotated[int, Field(ge=0, strict=True)] | None = None
+    end: Annotated[int, Field(ge=0, strict=True)] | None = None
     every: Count = 1
+    epochs: list[Annotated[int, Field(ge=0, strict=True)]] | None = None  # in place of the three; one is one shot
     schedule: Literal["cubic", "linear", "exponential"] = "cubic"  # how much each of the cuts takes
-    importance: Literal["group_l1", "group_l2", "fpgm", "bn_scale", "lamp", "taylor", "random"] = "group_l1"
-    ranking: Literal["uniform", "global"] = "uniform"  # the same share of every group, or the weakest channels anywhere
-    per_macs: bool = False  # with global ranking: the weakest for what they cost
+    importance: Literal[
+        "group_l1", "group_l2", "fpgm", "bn_scale", "lamp",  # by weights
+        "taylor", "taylor_gate", "group_fisher",  # by gradients of the loss that is trained
+        "mean_activation", "apoz", "hrank",  # by what the channels give on training images
+        "random",
+    ] = "group_l1"  # fmt: skip
+    knowledge: bool = True  # whether gradients are those of the task and the losses, or of the task alone
+    greedy: bool = False  # score anew as channels go, for group_l1, group_l2 and fpgm
+    # the same share of every group, or of every set of groups alike, or the weakest channels anywhere, or what does
+    # the least harm by the measurements in `sensitivity`
+    ranking: Literal["uniform", "isomorphic", "global", "sensitivity"] = "uniform"
+    sensitivity: str | None = None  # a file of python -m distill.sensitivity
+    per: Literal["none", "macs", "params", "memory"] = "none"  # with global ranking: the weakest for what they cost
     floor: Share = 0.0  # what every group keeps of its width
+    keep: list[str] = []  # patterns of layers that stay as wide as they are, such as backbone.body.layer1.*
+    limits: dict[str, tuple[Share, Share]] = {}  # least and most that layers keep of their width, by pattern
     round_to: Count = 8
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 20
     evaluate: bool = False  # AP right after each cut, before any training
 
+    @property
+    def cut_epochs(self) -> list[int]:
+        """Epochs before which a cut is made, counted from 0."""
+        return sorted(set(self.epochs)) if self.epochs else cuts_at(self.start, self.end, self.every)
+
     @model_validator(mode="after")
-    def _ordered(self) -> "PruningConfig":
-        if self.end < self.start:
+    def _agree(self) -> "PruningConfig":
+        if self.epochs is not None:
+            if not self.epochs:
+                raise ValueError("epochs is empty; give the epochs to cut before, such as [2, 5]")
+            if (self.start, self.end, self.every) != (None, None, 1):
+                raise ValueError("epochs says when to cut already; leave out start, end and every")
+        elif self.start is None or self.end is None:
+            raise ValueError("give start and end, or epochs such as [2, 5]; they say when to cut")
+        elif self.end < self.start:
             raise ValueError(f"end ({self.end}) lies before start ({self.start}); cuts go from start to end")
-        if self.per_macs and self.ranking == "uniform":
-            raise ValueError("per_macs changes nothing where every group loses the same share; say ranking: global")
+        if self.per != "none" and self.ranking != "global":
+            raise ValueError(f"per changes little where ranking is {self.ranking}; say ranking: global")
+        if self.greedy and self.importance not in ("group_l1", "group_l2", "fpgm"):
+            raise ValueError(f"greedy changes nothing for {self.importance}; leave it out, or take fpgm")
+        if (self.sensitivity is not None) != (self.ranking == "sensitivity"):
+            raise ValueError("ranking: sensitivity and sensitivity: FILE.csv go together; give both or neither")
+        wrong = next((pattern for pattern, (least, most) in self.limits.items() if least > most), None)
+        if wrong is not None:
+            raise ValueError(f"limits: {wrong!r} keeps at least {self.limits[wrong][0]:g} but at most less; swap them")
         return self
 
 
@@ -322,9 +357,10 @@ class Config(Section):
                     f"teacher.image_size: [{own_height}, {own_width}] and data.image_size, [{height}, {width}], are of "
                     f"unlike shape; give a multiple, such as [{2 * height}, {2 * width}]"
                 )
-        if self.pruning and self.pruning.end >= self.train.epochs:
+        if self.pruning and self.pruning.cut_epochs[-1] >= self.train.epochs:
+            key = "epochs" if self.pruning.epochs else "end"
             raise ValueError(
-                f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, counted from 0, "
-                f"so nothing would be left to recover in; lower pruning.end or raise train.epochs"
+                f"pruning.{key} is {getattr(self.pruning, key)}, but train.epochs is {self.train.epochs}, counted "
+                f"from 0, so nothing would be left to recover in; lower pruning.{key} or raise train.epochs"
             )
         return self

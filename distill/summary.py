@@ -10,6 +10,7 @@ from distill.build import Data
 from distill.distiller import Distiller
 from distill.evaluation import EvaluationResult
 from distill.measure import count_macs, count_parameters
+from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
 from distill.report import counted, human_ap, human_count, human_macs, human_share
 from distill.schema import Config
@@ -58,7 +59,7 @@ def banner_rows(
     if pruner:
         number = len(pruner.epochs)
         when = f"before epoch {pruner.epochs[0] + 1}" + (f" to {pruner.epochs[-1] + 1}" if number > 1 else "")
-        rows["Pruning"] = f"to {pruner.target:.0%} of the MACs, {counted(number, 'cut')} {when}"
+        rows["Pruning"] = f"to {pruner.target:.0%} of the {BUDGETS[pruner.budget]}, {counted(number, 'cut')} {when}"
     rows["Training"] = (
         f"{counted(config.train.epochs, 'epoch')}, batches of {config.data.batch_size} a process, seed {config.seed}"
     )

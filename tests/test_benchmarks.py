@@ -4,10 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 import yaml
 
-from benchmarks import losses
+from benchmarks import importance, losses
 from benchmarks.arms import interval, markdown
+from distill.data import Batch
+from distill.distiller import Distiller
+from distill.pruning.graph import find_groups
 
 
 def test_interval_is_students():
@@ -26,6 +30,24 @@ def test_losses_that_share_pull_as_strongly_as_one(tmp_path):
         'losses={"cross_kd": {"name": "cross_kd", "weight": 0.5}, "pkd": {"name": "pkd", "weight": 0.5}}' in overrides
     )
     assert "balance=gradient" in overrides and "pruning=null" in overrides
+
+
+def test_what_nothing_listens_to_adds_no_loss(build_tiny, images, targets):
+    unit, batches = Distiller(build_tiny()), [Batch(images, targets, [], [])]
+    group = next(g for g in find_groups(unit, (64, 64)) if g.name == "student.head.class_tower.0.conv")
+    with torch.no_grad():
+        unit.student.head.class_logits.weight[:, 3] = 0
+        unit.student.head.class_logits.weight[:, 4] = 5
+    before = importance.task_loss(unit, batches)
+    assert importance.added_loss(unit, group, 3, batches, before) == pytest.approx(0, abs=1e-5)
+    assert abs(importance.added_loss(unit, group, 4, batches, before)) > 1e-3
+    assert importance.task_loss(unit, batches) == before
+
+
+def test_spearman_compares_ranks():
+    # ranks 1 2 3 and 1 3 2: 1 - 6 (0 + 1 + 1) / (3 * 8)
+    assert importance.spearman([0.1, 0.2, 9.0], [1.0, 3.0, 2.0]) == pytest.approx(0.5)
+    assert importance.spearman([1.0, 1.0, 1.0], [1.0, 3.0, 2.0]) == 0.0
 
 
 @pytest.mark.slow

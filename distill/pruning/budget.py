@@ -1,27 +1,30 @@
 """From scores and a budget to a plan."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.pruning.graph import ChannelGroup
-from students import Detector, Plan
-from students.plan import apply_plan, named_tensors
+from students import Plan
+
+CLOSE = 0.98  # share of a budget that counts as having met it
 
 
-def keep_counts(scores: Sequence[Tensor], threshold: float, round_to: int, floors: Sequence[int]) -> list[int]:
+def keep_counts(
+    scores: Sequence[Tensor], threshold: float, round_to: int, floors: Sequence[int], caps: Sequence[int]
+) -> list[int]:
     """How many channels of each group stay when those that score below a global threshold go.
 
-    A count is rounded to the nearest multiple of `round_to` that is not below the group's floor, and never more than
-    there are; a group that loses nothing keeps the width it has.
+    A count is rounded to the nearest multiple of `round_to` that is not below the group's floor nor, if one is left,
+    above its cap, and never more than there are; a group that loses nothing keeps the width it has.
     """
     counts = []
-    for score, floor in zip(scores, floors):
-        wanted = int((score >= threshold).sum())
-        nearest = max(round(wanted / round_to), math.ceil(floor / round_to)) * round_to
+    for score, floor, cap in zip(scores, floors, caps):
+        wanted = min(int((score >= threshold).sum()), cap)
+        nearest = min(round(wanted / round_to), cap // round_to if cap < len(score) else wanted)
+        nearest = max(nearest, math.ceil(floor / round_to)) * round_to
         counts.append(min(nearest, len(score)) if wanted < len(score) else wanted)
     return counts
 
@@ -42,63 +45,69 @@ def make_plan(
     return Plan.from_removed(removed, tensors)
 
 
-def meet_macs(
-    unit: nn.Module,
-    student: Detector,
+def meet_budget(
     groups: Sequence[ChannelGroup],
     scores: Sequence[Tensor],
-    macs: float,
-    count_macs: Callable[[Detector], int],
+    tensors: dict[str, Tensor],
+    budget: float,
+    cost: Callable[[Plan], float],
     round_to: int,
     floors: Sequence[int],
-) -> tuple[Plan, int]:
-    """The mildest plan that leaves the student at most `macs`, found by bisection.
+    caps: Sequence[int] | None = None,
+) -> tuple[Plan, float]:
+    """The mildest plan that leaves at most a budget, found by bisection.
 
     One threshold on the scores holds for all groups; but of those that lose channels at the last step of the threshold,
-    only as many do as it takes.
+    only as many do as it takes. Where the budget is still not met closely, other groups get steps back, too.
 
     Args:
-        unit: the traced module, which holds the student as `student`.
-        student: the student, whose MACs count.
-        groups: all groups of the unit.
+        groups: all groups.
         scores: (width,) for each group.
-        macs: multiply-accumulates that may be left.
-        count_macs: MACs of a student; it gets a copy on the meta device.
+        tensors: the traced module's tensors by name.
+        budget: what may be left, in the currency of `cost`.
+        cost: what a plan leaves.
         round_to: widths become multiples of this.
         floors: least width of each group.
+        caps: greatest width of each group; what they have if None.
 
     Returns:
-        The plan and the MACs that it leaves; where even the heaviest plan leaves more, that one.
+        The plan and what it leaves; where even the heaviest plan leaves more, that one.
     """
-    tensors = named_tensors(unit)
+    caps = [group.width for group in groups] if caps is None else caps
 
-    def attempt(counts: Sequence[int]) -> tuple[Plan, int]:
+    def attempt(counts: Sequence[int]) -> tuple[Plan, float]:
         plan = make_plan(groups, scores, counts, tensors)
-        trial = copy.deepcopy(student).to("meta")
-        apply_plan([(trial, plan.below("student."))])
-        return plan, count_macs(trial)
+        return plan, cost(plan)
 
     # thresholds between two scores cut alike, so bisect over the scores themselves
     thresholds = torch.unique(torch.cat([*scores, torch.tensor([float("inf")])])).tolist()
-    counts_at = lambda n: keep_counts(scores, thresholds[n], round_to, floors)  # noqa: E731
+    counts_at = lambda n: keep_counts(scores, thresholds[n], round_to, floors, caps)  # noqa: E731
     low, high = 0, len(thresholds) - 1
     best = attempt(counts_at(high))
     while low < high:
         middle = (low + high) // 2
         tried = attempt(counts_at(middle))
-        if tried[1] <= macs:
+        if tried[1] <= budget:
             best, high = tried, middle
         else:
             low = middle + 1
-    if low == 0:
+    if low == 0 or best[1] > budget:
         return best
 
-    # that threshold takes from several groups at once: give back what was not needed, the most valuable first
     milder, counts = counts_at(low - 1), counts_at(low)
-    differing = [g for g in range(len(groups)) if milder[g] != counts[g]]
-    value = {g: float(scores[g].sort().values[groups[g].width - milder[g]]) for g in differing}
-    for g in sorted(differing, key=value.get, reverse=True) if len(differing) > 1 else ():
-        tried = attempt([*counts[:g], milder[g], *counts[g + 1 :]])
-        if tried[1] <= macs:
-            best, counts[g] = tried, milder[g]
-    return best
+    ordered = [score.sort().values for score in scores]
+    refused: set[int] = set()
+    while True:
+        # that threshold takes from several groups at once: give back what was not needed, the most valuable first
+        narrowed = [g for g in range(len(groups)) if g not in refused and counts[g] < min(groups[g].width, caps[g])]
+        if best[1] >= CLOSE * budget:
+            narrowed = [g for g in narrowed if counts[g] < milder[g]]
+        if not narrowed:
+            return best
+        g = max(narrowed, key=lambda g: float(ordered[g][groups[g].width - counts[g] - 1]))
+        wider = min((counts[g] // round_to + 1) * round_to, groups[g].width)
+        tried = attempt([*counts[:g], wider, *counts[g + 1 :]])
+        if wider <= caps[g] and tried[1] <= budget:
+            best, counts[g] = tried, wider
+        else:
+            refused.add(g)

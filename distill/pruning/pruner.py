@@ -1,6 +1,6 @@
 """Decides what a student loses before which epoch, and takes it from everything that follows the student's shape."""
 
-import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -8,129 +8,203 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distill.data import Batch
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
-from distill.measure import count_macs, count_uses
-from distill.pruning.budget import meet_macs
+from distill.pruning.budget import meet_budget
+from distill.pruning.cost import BUDGETS, Cost
 from distill.pruning.graph import ChannelGroup, find_groups
-from distill.pruning.importance import IMPORTANCES, NEED_SALIENCY, Saliency, macs_by_channel, rank_within_group
-from distill.pruning.schedule import cuts_at, share_left
+from distill.pruning.importance import IMPORTANCES, Evidence
+from distill.pruning.limits import Limits, layers_of
+from distill.pruning.ranking import Curve, rank_by_harm, rank_by_structure, rank_together, score_greedily
+from distill.pruning.saliency import trained_loss
+from distill.pruning.schedule import share_left
 from distill.terms.adapter import ChannelSelection
 from students.plan import Plan, apply_plan, named_tensors
+from teachers import Teacher
 
 
 class Pruner:
-    """Cuts channels between epochs until a share of the uncut student's MACs is left.
+    """Cuts channels between epochs until a share of what the uncut student costs is left.
 
     Args:
-        uncut_macs: MACs of the student before any cut.
-        image_size: height and width, pixels, that MACs are counted and graphs traced at.
-        target: share of `uncut_macs` that is left after the last cut.
-        start: epoch before which the first cut is made, counted from 0.
-        end: epoch before which the last cut is made.
-        every: epochs between cuts.
+        image_size: height and width, pixels, that costs are counted and graphs traced at.
+        target: share of the uncut student's cost that is left after the last cut.
+        epochs: before which cuts are made, counted from 0.
+        budget: what costs are counted in, see `distill.pruning.cost.Cost`.
         schedule: how much each cut takes, see `distill.pruning.schedule.share_left`.
-        importance: name of a function in `distill.pruning.importance`.
-        ranking: `uniform` takes the same share of every group, `global` the lowest scores wherever they are.
-        per_macs: scores are divided by the multiply-accumulates that go with a channel, so that what is dear and of
-            little use goes first; it makes a difference to `global` ranking only.
+        importance: a name in `distill.pruning.importance`.
+        knowledge: whether the knowledge terms count where an importance goes by gradients, or the task alone.
+        greedy: score anew after each step of `round_to` channels within a group, without those that went.
+        ranking: `uniform` takes the same share of every group, `isomorphic` of every set of groups of one structure,
+            `global` the lowest scores wherever they are, `sensitivity` what `curves` say does the least harm.
+        curves: by the first of a group's layers, see `distill.pruning.sensitivity.read_curves`.
+        per: divides scores by what goes with a channel in this currency, so that what is dear and of little use goes
+            first; `none`, or a key of `BUDGETS` but latency.
         floor: share of its uncut width that every group keeps.
+        keep: see `distill.pruning.limits.Limits`.
+        limits: likewise.
         round_to: widths become multiples of this.
+        device: where latency is measured; None: where the student is.
 
     Attributes:
-        epochs: before which cuts are made.
-        needs_saliency: whether `plan` wants to know what each parameter adds to the loss.
+        uncut: what the student costs before any cut, as `check` finds it.
+        uncut_widths: likewise, by group.
     """
 
     def __init__(
         self,
-        uncut_macs: int,
         image_size: tuple[int, int],
         target: float,
-        start: int,
-        end: int,
-        every: int = 1,
+        epochs: Sequence[int],
+        budget: str = "macs",
         schedule: str = "cubic",
         importance: str = "group_l1",
+        knowledge: bool = True,
+        greedy: bool = False,
         ranking: str = "uniform",
-        per_macs: bool = False,
+        curves: Mapping[str, Curve] | None = None,
+        per: str = "none",
         floor: float = 0.0,
+        keep: Sequence[str] = (),
+        limits: Mapping[str, tuple[float, float]] | None = None,
         round_to: int = 8,
+        device: torch.device | str | None = None,
     ):
-        self.uncut_macs = uncut_macs
-        self.image_size = image_size
-        self.target, self.schedule = target, schedule
-        self.importance = IMPORTANCES[importance]
-        self.needs_saliency = importance in NEED_SALIENCY
-        self.ranking, self.per_macs, self.floor = ranking, per_macs, floor
-        self.uncut_widths: dict[str, int] = {}  # by group, as `check` finds them
-        self.round_to = round_to
-        self.epochs = cuts_at(start, end, every)
+        self.image_size, self.device = image_size, device
+        self.target, self.epochs, self.budget, self.schedule = target, sorted(set(epochs)), budget, schedule
+        self.importance, self.knowledge, self.greedy = IMPORTANCES[importance], knowledge, greedy
+        self.ranking, self.curves, self.per = ranking, curves or {}, per
+        self.limits, self.round_to = Limits(floor, keep, limits), round_to
+        self.uncut = 0.0
+        self.uncut_widths: dict[str, int] = {}
 
     def check(self, unit: Distiller) -> None:
         """Looks at the uncut student, before anything else; later cuts are shares of what is found here.
 
         Raises:
-            UserError: the student cannot be traced and cut, has nothing for this importance to go by, or no plan can
-                reach the target.
+            UserError: the student cannot be traced and cut, has nothing for this importance to go by, a pattern
+                matches nothing, a curve is missing, or no plan can reach the target.
         """
         try:
             groups = find_groups(unit, self.image_size)
-            least = self._least(unit, groups) / self.uncut_macs
+            cost = self._cost(unit)
+            self.uncut, self.uncut_widths = cost.now(), {group.name: group.width for group in groups}
+            least = self._least(unit, groups, cost) / self.uncut
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"pruning: the channels of student.backbone={unit.student.recipe['backbone']} cannot be cut "
                 f"({reason}); choose another backbone, or leave pruning out (pruning=null)"
             ) from error
-        if not self.needs_saliency:
-            try:
-                for group in groups:
-                    self.importance(group, named_tensors(unit), None)
-            except ValueError as error:
-                raise UserError(f"pruning.importance: {error}") from None
+        try:
+            self.limits.check(groups)
+        except ValueError as error:
+            raise UserError(f"pruning.{error}") from None
+        unknown = [name for name in (layers_of(group)[0] for group in groups) if name not in self.curves]
+        if self.ranking == "sensitivity" and unknown:
+            raise UserError(
+                f"pruning.sensitivity: the file says nothing of {unknown[0]} ({len(unknown)} of {len(groups)} groups "
+                "are missing); scan this student anew with python -m distill.sensitivity"
+            )
+        self._scores(unit, groups, self._measure(unit, groups, None, ()))
         if least > self.target:
+            named = [key for key in ("floor", "keep", "limits") if getattr(self.limits, key)]
             held = any(isinstance(layer, ChannelSelection) for layer in unit.output_layers)
             raise UserError(
-                f"pruning.target: {self.target} cannot be reached; with every width cut to "
-                f"{f'{self.floor:g} of itself or ' if self.floor else ''}{self.round_to} this student still has "
-                f"{least:.3f} of its MACs; raise the target, or lower pruning.round_to or pruning.floor"
+                f"pruning.target: {self.target} cannot be reached; cut as far as may be this student still has "
+                f"{least:.3f} of its {BUDGETS[self.budget]}; raise the target, or lower pruning.round_to "
+                f"({self.round_to}){''.join(f' or pruning.{name}' for name in named)}"
                 f"{', or choose another adapter than identity, which holds the pyramid at its width' if held else ''}"
             )
 
-    def plan(self, unit: Distiller, epoch: int, saliency: Saliency | None = None) -> Plan:
-        """The cut that is due before an epoch; empty if the student is small enough already.
+    def measure(self, unit: Distiller, teacher: Teacher | None, batches: Iterable[Batch]) -> Evidence | None:
+        """What the importance goes by, where weights do not say it all; every rank must be given the same batches.
+
+        Args:
+            unit: the student with its terms.
+            teacher: where the unit has terms.
+            batches: of training images; none is drawn where nothing needs to be measured.
+        """
+        return self._measure(unit, find_groups(unit, self.image_size), teacher, batches)
+
+    def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None) -> Plan:
+        """The cut that is due before an epoch; empty if the student is small enough already. After `check`.
 
         Args:
             unit: the student with its adapters.
             epoch: counted from 0.
-            saliency: of the unit's parameters as they are now, for an importance that needs it.
+            evidence: of `measure`, of the unit as it is now.
         """
-        done = sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)
-        left = share_left(self.schedule, done, self.target)
+        assert self.uncut, "check first: cuts are shares of what is found then"
         groups, tensors = find_groups(unit, self.image_size), named_tensors(unit)
-        scores = [self.importance(group, tensors, saliency) for group in groups]
-        if self.per_macs:
-            uses = {f"student.{name}": n for name, n in count_uses(unit.student, self.image_size).items()}
+        scores, widths = self._scores(unit, groups, evidence), [self.uncut_widths[group.name] for group in groups]
+        if self.per != "none":
             # adapters are not deployed, so what they compute costs nothing; what costs nothing must not go for free
-            costs = [macs_by_channel(group, tensors, uses).clamp(min=1) for group in groups]
-            scores = [score / cost for score, cost in zip(scores, costs)]
-        if self.ranking == "uniform":
-            scores = [rank_within_group(score, self._uncut_width(group)) for score, group in zip(scores, groups)]
-        return self._meet(unit, groups, scores, left * self.uncut_macs)[0]
+            costs = Cost(unit, self.per, self.image_size)
+            scores = [score / costs.by_channel(group).clamp(min=1) for score, group in zip(scores, groups)]
+        match self.ranking:
+            case "uniform":
+                scores = [rank_together([score], [width])[0] for score, width in zip(scores, widths)]
+            case "isomorphic":
+                scores = rank_by_structure(groups, scores, widths, tensors)
+            case "sensitivity":
+                curves = [self.curves[layers_of(group)[0]] for group in groups]
+                scores = [rank_by_harm(*of_group) for of_group in zip(scores, widths, curves)]
+        return self._meet(unit, groups, scores, self.due(epoch) * self.uncut, self._cost(unit), self._done(epoch))[0]
 
-    def _least(self, unit: Distiller, groups: list[ChannelGroup]) -> int:
-        """MACs when every group is cut as far as may be; which channels they lose does not matter."""
-        return self._meet(unit, groups, [torch.zeros(group.width) for group in groups], 0.0)[1]
+    def due(self, epoch: int) -> float:
+        """Share of the uncut cost that may be left from an epoch on."""
+        return share_left(self.schedule, self._done(epoch), self.target)
 
-    def _meet(self, unit: Distiller, groups: list[ChannelGroup], scores: list[Tensor], macs: float) -> tuple[Plan, int]:
-        floors = [max(self.round_to, math.ceil(self.floor * self._uncut_width(group))) for group in groups]
-        count = lambda student: count_macs(student, self.image_size)  # noqa: E731
-        return meet_macs(unit, unit.student, groups, scores, macs, count, self.round_to, floors)
+    def left(self, unit: Distiller) -> float:
+        """Share of the uncut cost that is left."""
+        return self._cost(unit).now() / self.uncut
 
-    def _uncut_width(self, group: ChannelGroup) -> int:
-        return self.uncut_widths.setdefault(group.name, group.width)
+    def _done(self, epoch: int) -> float:
+        return sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)
+
+    def _cost(self, unit: Distiller) -> Cost:
+        return Cost(unit, self.budget, self.image_size, self.device)
+
+    def _measure(
+        self, unit: Distiller, groups: list[ChannelGroup], teacher: Teacher | None, batches: Iterable[Batch]
+    ) -> Evidence | None:
+        if self.importance.measure is None:
+            return None
+        try:
+            return self.importance.measure(
+                unit, groups, batches, lambda batch: trained_loss(unit, teacher, batch, self.knowledge)
+            )
+        except ValueError as error:
+            raise UserError(f"pruning.importance: {error}") from error
+
+    def _scores(self, unit: Distiller, groups: list[ChannelGroup], evidence: Evidence | None) -> list[Tensor]:
+        tensors = named_tensors(unit)
+        try:
+            if self.greedy:
+                return [score_greedily(self.importance, group, tensors, self.round_to) for group in groups]
+            return [self.importance.score(group, tensors, evidence) for group in groups]
+        except ValueError as error:
+            raise UserError(f"pruning.importance: {error}") from error
+
+    def _least(self, unit: Distiller, groups: list[ChannelGroup], cost: Cost) -> float:
+        """The cost when every group is cut as far as may be; which channels they lose does not matter."""
+        return self._meet(unit, groups, [torch.zeros(group.width) for group in groups], 0.0, cost, 1.0)[1]
+
+    def _meet(
+        self,
+        unit: Distiller,
+        groups: list[ChannelGroup],
+        scores: list[Tensor],
+        budget: float,
+        cost: Cost,
+        done: float,
+    ) -> tuple[Plan, float]:
+        bounds = [self.limits.of(group, self.uncut_widths[group.name], self.round_to, done) for group in groups]
+        floors, caps = zip(*bounds)
+        return meet_budget(groups, scores, named_tensors(unit), budget, cost.after, self.round_to, floors, caps)
 
 
 def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:

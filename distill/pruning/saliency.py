@@ -1,6 +1,6 @@
 """What each parameter adds to the loss, seen to first order."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,34 +8,49 @@ from torch import Tensor
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.measure import eval_mode
+from distill.pruning.graph import ChannelGroup
 from teachers import Teacher
 
 
-def measure_saliency(unit: Distiller, teacher: Teacher | None, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Mean over batches of (w dL/dw)^2 for every entry of every parameter of the unit, by name.
-
-    Its square root is how much the loss would change, to first order, were the entry 0 (Molchanov 2019, arXiv
-    1906.10771). L is what is trained: the task with all knowledge terms as they are weighted at present. The network
-    stands still: eval mode, with the batch norms that evaluation has; gradients of training are left alone. Every rank
-    must be given the same batches.
+def trained_loss(unit: Distiller, teacher: Teacher | None, batch: Batch, knowledge: bool = True) -> Tensor:
+    """The loss of a batch as training has it: the task with all knowledge terms as they are weighted at present.
 
     Args:
         unit: the student with its terms.
         teacher: where the unit has terms.
-        batches: of training images.
+        batch: of training images.
+        knowledge: False leaves the task alone.
+    """
+    if not knowledge or not unit.terms:
+        return sum(unit.student.loss(unit.student(batch.images), batch.targets).values())
+    return unit(batch.images, batch.targets, teacher(batch.images))[0]
+
+
+def measure_saliency(
+    unit: Distiller, groups: Sequence[ChannelGroup], batches: Iterable[Batch], loss: Callable[[Batch], Tensor]
+) -> dict[str, Tensor]:
+    """Mean over batches of (w dL/dw)^2 for every entry of every parameter of the unit, by name.
+
+    Its square root is how much the loss would change, to first order, were the entry 0 (Molchanov 2019, arXiv
+    1906.10771). The network stands still: eval mode, with the batch norms that evaluation has; gradients of training
+    are left alone. Every rank must be given the same batches.
+
+    Args:
+        unit: the student with its terms.
+        groups: not looked at; every measurement takes the same arguments.
+        batches: of training images; where there are none, all is 0.
+        loss: of a batch, see `trained_loss`.
 
     Returns:
-        float32 tensors of the parameters' shapes, on their device; zeros for what is frozen or not used.
+        float32 tensors of the parameters' shapes, on their device; zeros for what is not used, nothing for what is
+        frozen.
     """
-    parameters = dict(unit.named_parameters())
-    live = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    live = {name: parameter for name, parameter in unit.named_parameters() if parameter.requires_grad}
+    sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in live.items()}
     number = 0
     with eval_mode(unit), torch.enable_grad():
         for batch in batches:
-            taught = teacher(batch.images) if teacher and unit.terms else None
-            loss, _ = unit(batch.images, batch.targets, taught)
-            gradients = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
+            gradients = torch.autograd.grad(loss(batch), list(live.values()), allow_unused=True)
             for (name, parameter), gradient in zip(live.items(), gradients):
                 if gradient is not None:
                     sums[name] += (parameter.detach() * gradient).float().square()

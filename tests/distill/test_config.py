@@ -117,7 +117,17 @@ def test_overrides_that_are_none(write, override, message):
         ("data.image_size=true", "data.image_size: "),
         ("losses.task={name: pkd}", "losses.task: a column of results.csv has this name already; give it another"),
         ("losses.ap50={name: pkd}", "losses.ap50: a column of results.csv has this name already"),
-        ("pruning={target: 0.5, start: 1, end: 1, per_macs: true}", "pruning: per_macs changes nothing where every"),
+        ("pruning={target: 0.5, epochs: [1], per: macs}", "pruning: per changes little where ranking is uniform; say"),
+        (
+            "pruning={target: 0.5, epochs: [1], greedy: true, importance: lamp}",
+            "pruning: greedy changes nothing for la",
+        ),
+        ("pruning={target: 0.5, epochs: []}", "pruning: epochs is empty; give the epochs to cut before, such as [2, "),
+        ("pruning={target: 0.5, epochs: [1], start: 1}", "pruning: epochs says when to cut already; leave out start"),
+        ("pruning={target: 0.5, start: 1}", "pruning: give start and end, or epochs such as [2, 5]; they say when"),
+        ("pruning={target: 0.5, epochs: [2, 5]}", "pruning.epochs is [2, 5], but train.epochs is 5, counted from 0"),
+        ("pruning={target: 0.5, epochs: [1], sensitivity: a.csv}", "pruning: ranking: sensitivity and sensitivity: F"),
+        ("pruning={target: 0.5, epochs: [1], limits: {a: [1, 0.5]}}", "pruning: limits: 'a' keeps at least 1 but at "),
         ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, counted from 0, so nothing would be left"),
     ],
 )

@@ -5,7 +5,6 @@ import torch
 
 from distill.combiner import Combiner
 from distill.distiller import Distiller
-from distill.measure import count_macs
 from distill.pruning.pruner import Pruner, cut_everywhere
 from distill.terms import (
     TERMS,
@@ -257,7 +256,8 @@ def test_every_term_follows_a_cut(build_tiny, images, targets, name, head):
     optimizer = torch.optim.AdamW(unit.parameters())
     unit(images, targets, taught)[0].backward()
     optimizer.step()
-    pruner = Pruner(count_macs(student, (64, 64)), (64, 64), target=0.5, start=0, end=0)
+    pruner = Pruner((64, 64), target=0.5, epochs=[0])
+    pruner.check(unit)
     cut_everywhere(pruner.plan(unit, 0), unit, None, optimizer)
     assert set(student.feature_channels) == {16} or max(student.feature_channels) < 32
     unit(images, targets, taught)[0].backward()

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from distill.measure import count_macs
-from distill.pruning.budget import keep_counts, make_plan, meet_macs
+from distill.pruning.budget import keep_counts, make_plan, meet_budget
+from distill.pruning.cost import Cost
 from distill.pruning.graph import ChannelGroup, Member, find_groups
-from distill.pruning.importance import group_l1, rank_within_group
+from distill.pruning.importance import group_l1
+from distill.pruning.ranking import rank_together
 from students.plan import Cut, Plan, apply_plan, named_tensors
 
 SIZE = (64, 64)
@@ -30,6 +32,10 @@ def macs(student):
     return count_macs(student, SIZE)
 
 
+def after(unit):
+    return Cost(unit, "macs", SIZE).after
+
+
 def scored(unit):
     """Groups, their scores, and the unit's tensors as they are now."""
     groups, tensors = find_groups(unit, SIZE), named_tensors(unit)
@@ -44,26 +50,28 @@ def test_l1_importance_sums_all_that_a_channel_owns():
 
 def test_counts_are_rounded_to_the_nearest_multiple():
     scores = [torch.arange(float(width)) for width in (40, 20, 12, 8, 5)]
-    floors = [8] * 5
-    assert keep_counts(scores, 0.0, 8, floors) == [40, 20, 12, 8, 5]  # what loses nothing is not rounded either
-    assert keep_counts(scores, 1.0, 8, floors) == [
+    floors, caps = [8] * 5, [40, 20, 12, 8, 5]
+    assert keep_counts(scores, 0.0, 8, floors, caps) == [40, 20, 12, 8, 5]  # what loses nothing is not rounded either
+    assert keep_counts(scores, 1.0, 8, floors, caps) == [
         40,
         16,
         8,
         8,
         5,
     ]  # 39, 19, 11, 7 and 4 reach it; never more than there are
-    assert keep_counts(scores, 11.0, 8, floors) == [
+    assert keep_counts(scores, 11.0, 8, floors, caps) == [
         32,
         8,
         8,
         8,
         5,
     ]  # 29, 9, 1, 0 and 0 reach it; never less than one multiple
-    assert keep_counts(scores, 16.0, 8, floors) == [24, 8, 8, 8, 5]
-    assert keep_counts(scores, float("inf"), 8, floors) == [8, 8, 8, 8, 5]
-    assert keep_counts(scores, float("inf"), 8, [20, 10, 4, 1, 1]) == [24, 16, 8, 8, 5]  # rounded up, not below
-    assert keep_counts(scores, 11.0, 1, [1] * 5) == [29, 9, 1, 1, 1]
+    assert keep_counts(scores, 16.0, 8, floors, caps) == [24, 8, 8, 8, 5]
+    assert keep_counts(scores, float("inf"), 8, floors, caps) == [8, 8, 8, 8, 5]
+    assert keep_counts(scores, float("inf"), 8, [20, 10, 4, 1, 1], caps) == [24, 16, 8, 8, 5]  # rounded up, not below
+    assert keep_counts(scores, 11.0, 1, [1] * 5, caps) == [29, 9, 1, 1, 1]
+    # a cap is rounded down, but not below the floor
+    assert keep_counts(scores, 0.0, 8, [8, 8, 8, 8, 5], [31, 20, 9, 3, 5]) == [24, 20, 8, 8, 5]
 
 
 def test_a_plan_keeps_the_best_channels():
@@ -80,7 +88,7 @@ def test_the_mildest_plan_that_meets_the_budget(build_unit, backbone, neck):
     groups, scores, tensors = scored(unit)
     before = copy.deepcopy(unit)
     target = 0.6 * count_macs(unit.student, SIZE)
-    plan, left = meet_macs(unit, unit.student, groups, scores, target, macs, 8, [8] * len(groups))
+    plan, left = meet_budget(groups, scores, named_tensors(unit), target, after(unit), 8, [8] * len(groups))
     # so far it is only a plan
     assert all(torch.equal(x, y) for x, y in zip(unit.state_dict().values(), before.state_dict().values()))
     apply_plan([(unit, plan)])
@@ -88,50 +96,64 @@ def test_the_mildest_plan_that_meets_the_budget(build_unit, backbone, neck):
     for cut in plan.cuts:
         assert len(cut.keep) % 8 == 0 and 8 <= len(cut.keep) < cut.width
 
-    # no group can have its last step back
+    # met within 2%, or no group can have a step back
     live = named_tensors(unit)
     counts = [len(live[g.members[0].name].movedim(g.members[0].dim, 0)) for g in groups]
-    steps = [keep_counts(scores, float(t), 8, [8] * len(groups)) for t in torch.unique(torch.cat(scores))]
-    milder = next(step for step in reversed(steps) if all(a >= b for a, b in zip(step, counts)) and step != counts)
-    for n in (n for n in range(len(groups)) if milder[n] != counts[n]):
+    for n, group in enumerate(groups) if left < 0.98 * target else ():
+        wider = min(counts[n] + 8, group.width)
         trial = copy.deepcopy(before)
-        apply_plan([(trial, make_plan(groups, scores, [*counts[:n], milder[n], *counts[n + 1 :]], tensors))])
-        assert macs(trial.student) > target
+        apply_plan([(trial, make_plan(groups, scores, [*counts[:n], wider, *counts[n + 1 :]], tensors))])
+        assert wider == counts[n] or macs(trial.student) > target
+
+
+def test_steps_go_back_to_the_most_valuable_first():
+    # one layer of 4 channels a group, which cost 3 each in a, 2 in b and 1 in c
+    groups = [
+        ChannelGroup(name, 4, (Member(f"{name}.weight", 0, (0, 1, 2, 3), (0, 1, 2, 3)),)) for name in ("a", "b", "c")
+    ]
+    tensors = {f"{name}.weight": torch.zeros(4, 1) for name in ("a", "b", "c")}
+    prices = {"a.weight": 3, "b.weight": 2, "c.weight": 1}
+
+    def cost(plan):
+        gone = {name: cut.width - len(cut.keep) for cut in plan.cuts for name, _ in cut.slices}
+        return sum(price * (4 - gone.get(name, 0)) for name, price in prices.items())
+
+    def counts(scores, budget, caps=(4, 4, 4)):
+        plan, left = meet_budget(groups, scores, tensors, budget, cost, 1, [1] * 3, caps)
+        kept = {name: len(cut.keep) for cut in plan.cuts for name, _ in cut.slices}
+        return [kept.get(f"{name}.weight", 4) for name in ("a", "b", "c")], left
+
+    tied = [torch.tensor([1.0, 2, 3, 4])] * 3
+    # two of each would leave 12, three 18: of three, a goes first; 3 + 3 + 3 fits no more
+    assert counts(tied, 16) == ([3, 2, 3], 16)
+    # ranks apart: a threshold takes all but one of a at once; giving it back is too dear, b and c get nothing above it
+    apart = [torch.tensor([1.0, 1, 1, 9]), torch.tensor([2.0, 3, 4, 5]), torch.tensor([6.0, 7, 8, 9])]
+    assert counts(apart, 15) == ([1, 4, 4], 15)
+    # caps hold where the budget leaves room
+    assert counts(tied, 24, caps=(4, 2, 4)) == ([4, 2, 4], 20)
 
 
 def test_groups_that_go_together_are_cut_one_by_one(build_unit):
     # ranks within a group fall alike in all groups, so every threshold takes eight channels from each at once
     unit = build_unit(channels=32)
     groups = find_groups(unit, SIZE)
-    scores = [rank_within_group(torch.arange(float(group.width)), group.width) for group in groups]
+    scores = [rank_together([torch.arange(float(group.width))], [group.width])[0] for group in groups]
     uncut = macs(unit.student)
     for share in (0.9, 0.8, 0.7, 0.6, 0.5):
-        _, left = meet_macs(unit, unit.student, groups, scores, share * uncut, macs, 8, [8] * len(groups))
+        _, left = meet_budget(groups, scores, named_tensors(unit), share * uncut, after(unit), 8, [8] * len(groups))
         assert share - 0.08 < left / uncut <= share
 
 
 def test_no_wider_than_it_was_and_whole_where_nothing_goes(build_unit):
     unit = build_unit(channels=20)  # no multiple of 8
     groups, scores, _ = scored(unit)
-    plan, left = meet_macs(unit, unit.student, groups, scores, macs(unit.student), macs, 8, [8] * len(groups))
+    plan, left = meet_budget(groups, scores, named_tensors(unit), macs(unit.student), after(unit), 8, [8] * len(groups))
     assert not plan and left == macs(unit.student)
 
 
 def test_a_budget_out_of_reach_gives_the_heaviest_plan(build_unit):
     unit = build_unit()
     groups, scores, _ = scored(unit)
-    plan, left = meet_macs(unit, unit.student, groups, scores, 0, macs, 8, [8] * len(groups))
+    plan, left = meet_budget(groups, scores, named_tensors(unit), 0, after(unit), 8, [8] * len(groups))
     assert left > 0
     assert {len(cut.keep) for cut in plan.cuts} == {8}
-
-
-def test_ranks_within_a_group_count_from_its_uncut_width():
-    # of 4 channels one is gone already: the three left stand at 2/4, 3/4 and 4/4, whatever the scale of their scores
-    ranks = rank_within_group(torch.tensor([70.0, 10.0, 30.0]), uncut_width=4)
-    assert ranks.tolist() == [1.0, 0.5, 0.75]
-
-
-def test_one_threshold_on_ranks_leaves_the_same_share_of_every_group():
-    wide, narrow = torch.arange(64.0), torch.arange(32.0) * 1000
-    ranks = [rank_within_group(wide, 64), rank_within_group(narrow, 32)]
-    assert keep_counts(ranks, 0.51, 8, [8, 8]) == [32, 16]

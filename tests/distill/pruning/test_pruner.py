@@ -6,6 +6,8 @@ from accelerate import Accelerator
 
 from distill.errors import UserError
 from distill.measure import count_macs
+from distill.pruning.graph import find_groups
+from distill.pruning.limits import layers_of
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from students.plan import Cut, Plan, named_tensors
 
@@ -13,8 +15,10 @@ SIZE = (64, 64)
 
 
 def pruner_for(unit, **changes):
-    settings = {"target": 0.6, "start": 1, "end": 3, "ranking": "global"}  # tiny widths are too few steps of 8
-    return Pruner(count_macs(unit.student, SIZE), SIZE, **settings | changes)
+    settings = {"target": 0.6, "epochs": [1, 2, 3], "ranking": "global"}  # tiny widths are too few steps of 8
+    pruner = Pruner(SIZE, **settings | changes)
+    pruner.check(unit)
+    return pruner
 
 
 def outputs(detector, images):
@@ -25,14 +29,15 @@ def outputs(detector, images):
 def test_the_schedule_is_followed_within_the_rounding(build_unit):
     unit = build_unit(channels=32)
     uncut = count_macs(unit.student, SIZE)
-    pruner = pruner_for(unit, every=2)
-    assert pruner.epochs == [1, 3]
+    pruner = pruner_for(unit, epochs=[3, 1])
+    assert pruner.uncut == uncut
     optimizer = torch.optim.AdamW(unit.parameters())
     for epoch, wanted in ((1, 0.6 + 0.4 / 8), (3, 0.6)):
         plan = pruner.plan(unit, epoch)
         cut_everywhere(plan, unit, None, optimizer)
         left = count_macs(unit.student, SIZE) / uncut
         assert wanted - 0.12 < left <= wanted
+        assert (pruner.left(unit), pruner.due(epoch)) == (left, pytest.approx(wanted))
     assert len(unit.student.plans) == 2
     assert not pruner.plan(unit, 3)
 
@@ -117,13 +122,64 @@ def test_a_cut_that_does_not_fit_leaves_everything(make_trained, images):
 
 def test_a_target_out_of_reach_is_told(build_unit):
     unit = build_unit()
-    pruner_for(unit).check(unit)
-    message = r"^pruning.target: 0.01 cannot be reached; with every width cut to 8 .* still has 0\.\d+ of its MACs;"
-    message += r" .* or pruning.floor$"
-    with pytest.raises(UserError, match=message):
-        pruner_for(unit, target=0.01).check(unit)
+    message = r"^pruning.target: 0.01 cannot be reached; cut as far as may be this student still has 0\.\d+ of its "
+    with pytest.raises(UserError, match=message + r"MACs; raise the target, or lower pruning.round_to \(8\)$"):
+        pruner_for(unit, target=0.01)
+    with pytest.raises(UserError, match=message + r"parameters; .* \(8\) or pruning.floor or pruning.keep$"):
+        pruner_for(unit, target=0.01, budget="params", floor=0.5, keep=["neck.*"])
 
 
 def test_one_process_agrees_with_itself():
     plan = Plan((Cut(2, (0,), (("a", 0),)),))
     assert agree(Accelerator(), plan) is plan
+
+
+@pytest.mark.parametrize("budget", ["macs", "params", "memory"])
+@pytest.mark.parametrize("ranking", ["uniform", "isomorphic", "global"])
+def test_every_budget_is_met_closely(build_unit, budget, ranking):
+    unit = build_unit(channels=64)
+    pruner = pruner_for(unit, budget=budget, ranking=ranking, target=0.7, epochs=[0])
+    cut_everywhere(pruner.plan(unit, 0), unit, None, torch.optim.SGD(unit.parameters(), 0.1))
+    assert 0.98 * 0.7 <= pruner.left(unit) <= 0.7
+
+
+def test_kept_layers_stay_whole_and_limited_ones_within_their_limits(build_unit):
+    unit = build_unit(channels=64)
+    limits = {"neck.outputs.*": (0.75, 1.0), "head.class_tower.0.conv": (0.0, 0.5)}
+    pruner = pruner_for(unit, keep=["head.box_tower.*"], limits=limits, epochs=[0], ranking="uniform")
+    cut_everywhere(pruner.plan(unit, 0), unit, None, torch.optim.SGD(unit.parameters(), 0.1))
+    student = unit.student
+    assert student.head.box_tower[0].conv.out_channels == 64
+    assert 48 <= student.feature_channels[0] < 64
+    assert student.head.class_tower[0].conv.out_channels <= 32
+    assert pruner.left(unit) <= 0.6
+
+
+def test_what_does_no_harm_goes_first(build_unit):
+    unit = build_unit(channels=64)
+    groups = find_groups(unit, SIZE)
+    shares = (0.25, 0.5, 0.75)
+    curves = {layers_of(group)[0]: (shares, (10.0, 20.0, 30.0)) for group in groups}
+    curves["head.box_tower.0.conv"] = (shares, (0.0, 0.1, 50.0))
+    pruner = pruner_for(unit, ranking="sensitivity", curves=curves, target=0.97, epochs=[0])
+    plan = pruner.plan(unit, 0)
+    (cut,) = [cut for cut in plan.cuts if ("student.head.box_tower.0.conv.weight", 0) in cut.slices]
+    assert 32 <= len(cut.keep) < 64
+    others = {name for cut in plan.cuts for name, dim in cut.slices if dim == 0} - {name for name, _ in cut.slices}
+    assert not others
+
+    del curves["head.box_tower.0.conv"]
+    with pytest.raises(
+        UserError, match=r"^pruning.sensitivity: the file says nothing of head.box_tower.0.conv \(1 of "
+    ):
+        pruner_for(unit, ranking="sensitivity", curves=curves)
+
+
+def test_patterns_and_importances_that_do_not_fit_are_told(build_unit, build_tiny):
+    unit = build_unit()
+    with pytest.raises(UserError, match=r"^pruning.keep: 'backbone.stages.0.\*' matches none of the \d+ layers"):
+        pruner_for(unit, keep=["backbone.stages.0.*"])
+    for norm in [m for m in unit.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
+        norm.running_mean, norm.running_var = None, None
+    with pytest.raises(UserError, match=r"^pruning.importance: no batch norm follows student\S+, so it has no scale"):
+        pruner_for(unit, importance="bn_scale")
