@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,9 +56,14 @@ class KnowledgeTerm(nn.Module, ABC):
         levels: names of the student's levels that take part; all that the teacher has too if None.
 
     Attributes:
+        uses_classes: whether it goes by the teacher's class scores, which must be of classes that the student has.
+        uses_boxes: whether it goes by the ground truth's boxes; where there are none, a teacher's detections stand in.
         pairs: (student level, teacher level) of equal stride.
         level_names: the pairs' names, such as P3.
     """
+
+    uses_classes: ClassVar[bool] = False
+    uses_boxes: ClassVar[bool] = False
 
     def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None):
         super().__init__()
@@ -76,7 +82,7 @@ class KnowledgeTerm(nn.Module, ABC):
         Args:
             student: what the student made of a batch.
             teacher: what the teacher made of the same images.
-            targets: the batch's ground truth, see `Detector.loss`.
+            targets: the batch's ground truth, see `Detector.loss`; of images without it, see `Lesson.targets`.
             image_size: height and width of the batch, pixels.
         """
 

@@ -35,6 +35,8 @@ class CrossKDTerm(KnowledgeTerm):
         ValueError: another kind of head, or a depth that one of them does not have.
     """
 
+    uses_classes = True
+
     def __init__(
         self,
         student: Detector,

@@ -25,12 +25,16 @@ class PKDTerm(FeatureTerm):
 class ScoreWeightedMimicTerm(FeatureTerm):
     """See `losses.score_weighted_mimic`; the weights are the teacher's highest class scores."""
 
+    uses_classes = True
+
     def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
         return score_weighted_mimic(student, teacher, best_scores(teacher_logits))
 
 
 class MaskedMimicTerm(FeatureTerm):
     """See `losses.masked_mimic`; the mask is where the ground truth has boxes."""
+
+    uses_boxes = True
 
     def level_loss(self, name, student, teacher, teacher_logits, targets, image_size) -> Tensor:
         mask = foreground_mask(boxes_of(targets, student), image_size, tuple(student.shape[2:]))
@@ -57,6 +61,8 @@ class MGDTerm(FeatureTerm):
 
 class FGDTerm(FeatureTerm):
     """See `losses.FGD`; each level has relation blocks of its own."""
+
+    uses_boxes = True
 
     def __init__(self, student: Detector, teacher: Detector, *arguments, **settings):
         super().__init__(student, teacher, *arguments, **settings)

@@ -15,6 +15,8 @@ from students import DenseOutput, Detector
 class DenseSigmoidTerm(KnowledgeTerm):
     """Class scores of dense sigmoid heads; see `losses.dense_sigmoid`."""
 
+    uses_classes = True
+
     def __init__(
         self,
         student: Detector,
@@ -42,6 +44,8 @@ class BoxMimicTerm(KnowledgeTerm):
 
     A box is taken from its location and in strides, the same for both detectors at paired levels.
     """
+
+    uses_classes = True
 
     def __init__(
         self,
