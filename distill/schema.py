@@ -60,9 +60,28 @@ class SyntheticConfig(Section):
     seed: Seed = 0
 
 
+class UnlabelledConfig(Section):
+    """Images that only teachers say something about: all of a folder, or those of a data set's split."""
+
+    root: str
+    split: str | None = None  # of the data set in root; its annotations are not looked at
+    ratio: Number = 0.5  # share of these in what is trained on; the rest is labelled
+    score_threshold: Share = 0.3  # of a teacher's detections that stand in where a loss goes by boxes
+
+    @field_validator("ratio")
+    @classmethod
+    def _mixed(cls, value: float) -> float:
+        if not 0.01 <= value <= 0.99:
+            raise ValueError(
+                f"found {value:g}; it goes from 0.01 to 0.99 (for no labelled images say data.train=null, for no "
+                "unlabelled ones data.unlabelled=null)"
+            )
+        return value
+
+
 class DataConfig(Section):
     root: str
-    train: str = "train"
+    train: str | None = "train"  # null trains on unlabelled images alone
     val: str = "val"
     test: str | None = None
     image_size: tuple[Pixels, Pixels]
@@ -73,6 +92,7 @@ class DataConfig(Section):
     batch_size: Count = 8
     workers: Annotated[int, Field(ge=0, strict=True)] = 2
     augment: AugmentConfig = AugmentConfig()
+    unlabelled: UnlabelledConfig | None = None
     synthetic: SyntheticConfig | None = None
 
     @field_validator("image_size", mode="before")
@@ -81,6 +101,12 @@ class DataConfig(Section):
         if isinstance(value, list | tuple) and len(value) != 2:
             raise ValueError(f"found {value}; give [height, width] in pixels, or one number for a square")
         return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> "DataConfig":
+        if self.train is None and self.unlabelled is None:
+            raise ValueError("train is null and there are no unlabelled images; name a split, such as data.train=train")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -113,6 +139,7 @@ class TermConfig(Section):
 
     published_weight: ClassVar[float] = 1.0
 
+    teacher: str | None = None  # by name, where there are several
     weight: NotNegative | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     levels: list[str] | None = None  # such as [P3, P4]; all that student and teacher share if null
@@ -261,6 +288,7 @@ class TeacherConfig(Section):
     """A detector folder (`path`), or a detector to train first (`detector` and `train`); a given path wins."""
 
     path: str | None = None
+    class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     detector: DenseConfig | None = None
     train: TrainConfig | None = None
@@ -271,9 +299,12 @@ class TeacherConfig(Section):
             raise ValueError(
                 "give path, the folder of a trained detector, or both detector and train to train it first"
             )
+        if self.class_map and self.path is None:
+            raise ValueError("class_map is for a teacher from a path; one that is trained first has the data's classes")
         return self
 
 
+TEACHER = "teacher"  # what a single one is called, here and in the run folder
 RESERVED = ("epoch", "task", "macs", "lr", "seconds", "macs_left", "teacher_share", "epoch_time", "time_left")
 
 
@@ -284,12 +315,27 @@ class Config(Section):
     data: DataConfig
     student: DenseConfig
     teacher: TeacherConfig | None = None
-    inherit: list[str] = []  # parts that the student starts with from the teacher, such as [neck, head]
+    teachers: dict[str, TeacherConfig] = {}  # several in place of one, by name; each loss says whose it is
+    inherit: list[str] = []  # parts that the student starts with from the (first) teacher, such as [neck, head]
     losses: dict[str, LossConfig] = {}
     balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
     guards: GuardConfig = GuardConfig()
     pruning: PruningConfig | None = None
     train: TrainConfig = TrainConfig()
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By name, be it one, several or none."""
+        return self.teachers or ({TEACHER: self.teacher} if self.teacher else {})
+
+    @staticmethod
+    def teacher_key(name: str) -> str:
+        """Where a teacher's settings stand."""
+        return name if name == TEACHER else f"teachers.{name}"
+
+    def teacher_of(self, loss: str) -> str:
+        """The name of the teacher that a loss belongs to."""
+        return self.losses[loss].teacher or next(iter(self.all_teachers))
 
     def weight_of(self, name: str) -> float:
         """The weight of a knowledge term, given or not."""
@@ -303,13 +349,46 @@ class Config(Section):
         taken = [name for name in self.losses if name in RESERVED or name.startswith("ap")]
         if taken:
             raise ValueError(f"losses.{taken[0]}: a column of results.csv has this name already; give it another")
-        if self.losses and self.teacher is None:
+        self._check_teachers()
+        if self.losses and not self.all_teachers:
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
-        if self.inherit and self.teacher is None:
+        if self.inherit and not self.all_teachers:
             raise ValueError("inherit is given but no teacher; add a teacher section, or remove inherit")
+        if self.data.unlabelled and not self.losses:
+            raise ValueError(
+                "data.unlabelled is given but no losses; only a teacher's losses learn from such images, so add a "
+                "teacher and losses, or remove data.unlabelled"
+            )
+        if self.data.train is None:
+            self._check_all_unlabelled()
         if self.pruning and self.pruning.end >= self.train.epochs:
             raise ValueError(
                 f"pruning.end is {self.pruning.end}, but train.epochs is {self.train.epochs}, counted from 0, "
                 f"so nothing would be left to recover in; lower pruning.end or raise train.epochs"
             )
         return self
+
+    def _check_teachers(self) -> None:
+        names = list(self.all_teachers)
+        if self.teacher and self.teachers:
+            raise ValueError("teacher and teachers are both given; name them all under teachers (teacher=null)")
+        for name in self.teachers:
+            if name == TEACHER or not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"teachers.{name}: is no name; give letters, digits, - and _, other than {TEACHER!r}")
+        for key, loss in self.losses.items():
+            if loss.teacher is None and len(names) > 1:
+                raise ValueError(f"losses.{key}.teacher: is missing; say whose loss it is: {', '.join(names)}")
+            if loss.teacher is not None and names and loss.teacher not in names:
+                raise ValueError(f"losses.{key}.teacher: found {loss.teacher!r}; there is {', '.join(names)}")
+
+    def _check_all_unlabelled(self) -> None:
+        for name, teacher in self.all_teachers.items():
+            if teacher.path is None:
+                key = self.teacher_key(name)
+                raise ValueError(
+                    f"{key}: cannot be trained first without labelled images (data.train); give {key}.path"
+                )
+        if self.balance == "gradient":
+            raise ValueError(
+                "balance: gradient goes by the task's gradient, and data.train=null leaves no task; say none"
+            )

@@ -1,6 +1,6 @@
 """What each parameter adds to the loss, seen to first order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from distill.measure import eval_mode
 from teachers import Teacher
 
 
-def measure_saliency(unit: Distiller, teacher: Teacher | None, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def measure_saliency(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Mean over batches of (w dL/dw)^2 for every entry of every parameter of the unit, by name.
 
     Its square root is how much the loss would change, to first order, were the entry 0 (Molchanov 2019, arXiv
@@ -21,7 +21,7 @@ def measure_saliency(unit: Distiller, teacher: Teacher | None, batches: Iterable
 
     Args:
         unit: the student with its terms.
-        teacher: where the unit has terms.
+        teachers: those of its terms, by name.
         batches: of training images.
 
     Returns:
@@ -33,8 +33,8 @@ def measure_saliency(unit: Distiller, teacher: Teacher | None, batches: Iterable
     number = 0
     with eval_mode(unit), torch.enable_grad():
         for batch in batches:
-            taught = teacher(batch.images) if teacher and unit.terms else None
-            loss, _ = unit(batch.images, batch.targets, taught)
+            lessons = unit.ask(teachers, batch.images, batch.targets)
+            loss, _ = unit(batch.images, batch.targets, lessons)
             gradients = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
             for (name, parameter), gradient in zip(live.items(), gradients):
                 if gradient is not None:

@@ -80,7 +80,7 @@ def test_every_importance_cuts_a_student(build_unit, images, targets, importance
     unit.combiner.weights["feature_mimic"] = 0.0
     pruner = Pruner(count_macs(unit.student, SIZE), SIZE, target=0.6, start=0, end=0, importance=importance)
     pruner.check(unit)
-    saliency = measure_saliency(unit, None, [Batch(images, targets, [], [])]) if pruner.needs_saliency else None
+    saliency = measure_saliency(unit, {}, [Batch(images, targets, [], [])]) if pruner.needs_saliency else None
     cut_everywhere(pruner.plan(unit, 0, saliency), unit, None, torch.optim.SGD(unit.parameters(), 0.1))
     assert count_macs(unit.student, SIZE) <= 0.6 * pruner.uncut_macs
 
@@ -127,7 +127,7 @@ def test_saliency_is_the_squared_product_of_weight_and_gradient(build_tiny, imag
     frozen = next(unit.student.backbone.parameters()).requires_grad_(False)
     batches = [Batch(images, targets, [], []), Batch(images.flip(0), targets, [], [])]
     buffers = {name: b.clone() for name, b in unit.named_buffers()}
-    saliency = measure_saliency(unit, None, batches)
+    saliency = measure_saliency(unit, {}, batches)
     assert unit.training and all(p.grad is None for p in unit.parameters())
     assert all(torch.equal(b, buffers[name]) for name, b in unit.named_buffers())
 
@@ -154,7 +154,7 @@ def test_channels_that_do_nothing_go_first(build_unit, images, targets):
         for level in norm.norms:
             level.weight[dead], level.bias[dead] = 0.0, 0.0
     unit.combiner.weights["feature_mimic"] = 0.0
-    saliency = measure_saliency(unit, None, [Batch(images, targets, [], [])])
+    saliency = measure_saliency(unit, {}, [Batch(images, targets, [], [])])
     group = next(g for g in find_groups(unit, SIZE) if "head.class_tower" in g.name)
     scores = taylor(group, named_tensors(unit), saliency)
     assert scores.argsort()[:8].sort().values.tolist() == dead
