@@ -8,34 +8,39 @@ python train.py --resume runs/bccd
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 import students
 from distill import build
 from distill.catalog import print_catalog
 from distill.checkpoint import Progress, load_checkpoint, save_checkpoint
 from distill.config import check_config, load_config, override
-from distill.data import set_epoch
+from distill.data import Batch, set_epoch
 from distill.distiller import Distiller
 from distill.distributed import on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
-from distill.guards import check_losses, check_terms, check_unchanged, fingerprint
+from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.report import Report, StepProgress, human_count
-from distill.run_folder import RunFolder
-from distill.schema import Config
-from distill.summary import banner_rows, comparison, describe, size
-from students import Detector
+from distill.run_folder import OF_TEACHERS, RunFolder
+from distill.schema import TEACHER, Config
+from distill.summary import banner_rows, best, comparison, describe, results_row, size, teacher_title
+from students import Detector, Plan
 from teachers import Teacher, inherit
 
 
@@ -86,79 +91,92 @@ def main() -> int:
     return 0
 
 
+@dataclass
+class Run:
+    """What a run is made of."""
+
+    config: Config
+    data: build.Data
+    unit: Distiller  # the student with its knowledge terms
+    teachers: dict[str, Teacher]  # by name; none in plain training
+    pruner: Pruner | None
+    folder: RunFolder
+    report: Report
+    accelerator: Accelerator
+    role: str  # of the detector that is trained: student or teacher
+
+    def calibration_batches(self, number: int = 8) -> Iterator[Batch]:
+        """Training images, the same ones on every call and rank."""
+        dataset, size = self.data.train.loader.dataset, self.config.data.batch_size
+        return calibration_batches(dataset, size, self.accelerator.device, number)
+
+
 def train(config: Config, resume: bool = False, dry_run: bool = False, role: str = "student") -> None:
     """One run, from settings to the last table; a teacher that must be trained first is a run of its own."""
     accelerator = Accelerator()
     on_main(accelerator, lambda: build.draw_data(config.data))
     data = build.build_data(config.data, config.seed)
     set_seed(config.seed)
-    teacher = build.build_teacher(config, data.class_names)
-    unit = build.build_unit(config, data.class_names, teacher)
+    detectors = build.build_teachers(config, data.class_names)
+    unit = build.build_unit(config, data.class_names, detectors)
     pruner = build.build_pruner(config, unit, accelerator.device)
 
-    run = RunFolder(config.output_dir)
+    folder = RunFolder(config.output_dir)
+    untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.path is None}
     if not resume:
         settings = config.model_dump(mode="json")
-        trains_teacher = config.teacher is not None and config.teacher.path is None
-        kept = [run.teacher.name, run.teacher_run.name] if trains_teacher else []
+        kept = OF_TEACHERS if untrained else ()
         if dry_run:
-            run.check_free(config.overwrite, kept)
+            folder.check_free(config.overwrite, kept)
         else:
-            on_main(accelerator, lambda: RunFolder.create(run.path, settings, overwrite=config.overwrite, keep=kept))
-    report = Report(None if dry_run else run.log_file, enabled=accelerator.is_main_process)
-    report.banner(f"distill · {run.path}", banner_rows(config, data, unit, teacher, pruner, accelerator, role))
-    for split in {id(s): s for s in (data.train, data.val, data.test)}.values():
-        for note in split.index.notes.summary():
-            report.warn(f"{config.data.root}, {split.index.split}: {note}")
+            on_main(accelerator, lambda: RunFolder.create(folder.path, settings, overwrite=config.overwrite, keep=kept))
+    report = Report(None if dry_run else folder.log_file, enabled=accelerator.is_main_process)
+    report.banner(f"distill · {folder.path}", banner_rows(config, data, unit, detectors, pruner, accelerator, role))
+    for index in data.indices:
+        for note in index.notes.summary():
+            report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
     if dry_run:
         report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
         return
 
-    if config.teacher is not None and config.teacher.path is None:
-        teacher = train_teacher(config, run, report, accelerator)
-    fit(config, data, unit, pruner, teacher, run, report, accelerator, role)
+    for name in untrained:
+        detectors[name] = train_teacher(config, name, folder, report, accelerator)
+    teachers = {
+        name: Teacher(detector, accelerator.device, config.all_teachers[name].precision)
+        for name, detector in detectors.items()
+    }
+    fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, role))
 
 
-def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
-    """The run's own teacher: trained by the same loop, once; a finished one with the same settings is reused."""
-    training = RunFolder(run.teacher_run)
-    settings = build.teacher_run_config(config, training.path)
+def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
+    """A run's own teacher: trained by the same loop, once; a finished one with the same settings is reused."""
+    training, key = RunFolder(folder.teacher_run(name)), config.teacher_key(name)
+    settings = build.teacher_run_config(config, config.all_teachers[name], training.path)
     same = training.config_file.is_file() and build.trains_alike(
         check_config(training.config, str(training.config_file)), settings
     )
     if same and training.is_finished:
-        report.say(f"teacher: {training.path} is finished and has the same settings; it is reused")
+        report.say(f"{key}: {training.path} is finished and has the same settings; it is reused")
     else:
-        report.say(f"teacher: is trained first, in {training.path}")
+        report.say(f"{key}: is trained first, in {training.path}")
         train(settings, resume=same, role="teacher")
         accelerator.wait_for_everyone()  # until the main process has saved it
-        report.say(f"teacher: is trained; now the student, in {run.path}")
+        report.say(f"{key}: is trained; now the student, in {folder.path}")
     teacher = students.load(training.student)
     if accelerator.is_main_process:
-        students.save(teacher, run.teacher, students.read_info(training.student))
-    return build.at_own_size(teacher, config)
+        students.save(teacher, folder.teacher(name), students.read_info(training.student))
+    return build.at_own_size(teacher, config.all_teachers[name], config.data)
 
 
-def fit(
-    config: Config,
-    data: build.Data,
-    unit: Distiller,
-    pruner: Pruner | None,
-    teacher_detector: Detector | None,
-    run: RunFolder,
-    report: Report,
-    accelerator: Accelerator,
-    role: str,
-) -> None:
+def fit(run: Run) -> None:
     """Trains the unit, from its last checkpoint if there is one, and writes what it was worth."""
-    settings, image_size = config.train.optimizer, config.data.image_size
+    config, unit, teachers, accelerator, report = run.config, run.unit, run.teachers, run.accelerator, run.report
+    settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
-    teacher = Teacher(teacher_detector, accelerator.device, config.teacher.precision) if teacher_detector else None
-    if teacher:
-        unit.bind(teacher.detector)
-    resumes = any(run.checkpoints.glob("epoch_*.pt"))
+    unit.bind({name: teacher.detector for name, teacher in teachers.items()})
+    resumes = any(run.folder.checkpoints.glob("epoch_*.pt"))
     if config.inherit and not resumes:
-        taken = inherit(student, teacher.detector, config.inherit)
+        taken = inherit(student, next(iter(teachers.values())).detector, config.inherit)
         parts = (f"{human_count(n)} of the {human_count(of)} values of its {part}" for part, (n, of) in taken.items())
         report.say(f"the student inherits {' and '.join(parts)}")
     optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
@@ -166,29 +184,28 @@ def fit(
     kept = ema.module if ema else student  # the weights that are evaluated and saved
     progress = Progress(uncut_macs=count_macs(student, image_size))
     if resumes:
-        progress = load_checkpoint(run.checkpoints, unit, ema, optimizer, accelerator)
-        report.say(f"resumed: {progress.epoch} of {config.train.epochs} epochs are done")
+        progress = load_checkpoint(run.folder.checkpoints, unit, ema, optimizer, accelerator)
+        report.say(f"resumed: {progress.epoch} of {epochs} epochs are done")
     if accelerator.is_main_process:
-        run.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
+        run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
-    trained, stepper, loader = accelerator.prepare(unit, optimizer, data.train.loader)
-    evaluate_val = evaluation(data.val, accelerator)
-    evaluate_test = evaluation(data.test, accelerator) if data.test is not data.val else evaluate_val
-    teacher_ap = evaluate_val(teacher.detector).ap if teacher else None
-    untouched = fingerprint(teacher.detector) if teacher else ""
+    trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
+    evaluate_val = evaluation(run.data.val, accelerator)
+    evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
+    teacher_aps = {name: evaluate_val(teacher.detector).ap for name, teacher in teachers.items()}
+    teacher_ap = teacher_aps.get(best(teacher_aps))
+    untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
     seconds: list[float] = []
     unreadable: set[str] = set()
     reported: set[str] = set()
-    for epoch in range(progress.epoch, config.train.epochs):
+    for epoch in range(progress.epoch, epochs):
         began = time.perf_counter()
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
 
         plan, ap_after_cut = None, None
-        if pruner and epoch in pruner.epochs:
-            batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device, 16)
-            evidence = pruner.measure(unit, teacher, batches)
-            plan = agree(accelerator, pruner.plan(unit, epoch, evidence) if accelerator.is_main_process else None)
+        if run.pruner and epoch in run.pruner.epochs:
+            plan = plan_cut(run, epoch)
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
@@ -197,19 +214,19 @@ def fit(
             release(accelerator, unit)
             cut_everywhere(plan, unit, ema, optimizer)
             for detector in dict.fromkeys((student, kept)):
-                batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device)
-                recalibrate_batch_norms(detector, (batch.images for batch in batches))
+                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
             trained = accelerator.prepare_model(unit)
             progress.record_cut(plan, step=epoch * len(loader))
             ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
             at_once = f"; AP {ap_after_cut:.3f} right after" if ap_after_cut is not None else ""
-            left = f"{pruner.left(unit):.1%} of the {BUDGETS[pruner.budget]} left, {pruner.due(epoch):.1%} were due"
+            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
+            left += f", {run.pruner.due(epoch):.1%} were due"
             report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
 
         def enter_step(step: int, epoch: int = epoch) -> None:
             rate = rate_at(
                 epoch * len(loader) + step,
-                total=config.train.epochs * len(loader),
+                total=epochs * len(loader),
                 warmup=round(settings.warmup_epochs * len(loader)),
                 final=settings.final,
                 cut_step=progress.cut_step,
@@ -221,20 +238,12 @@ def fit(
 
         if unit.terms and epoch % config.guards.every == 0:
             enter_step(0)
-            batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, accelerator.device)
-            # some losses are silent, and rightly so, where there is no object
-            batch = next((b for b in batches if any(len(target["labels"]) for target in b.targets)), None)
-            for line in check_terms(unit, teacher, batch, config.guards.dominates) if batch else ():
-                if config.guards.dominating_term == "stop":
-                    raise UserError(line)
-                report.warn(line)
-            check_unchanged(teacher, untouched)
+            look_at_losses(run)
+            check_unchanged(teachers, untouched)
 
         set_epoch(loader, epoch)
-        with report.progress(len(loader), f"epoch {epoch + 1}/{config.train.epochs}") as bar:
-            losses = train_epoch(
-                trained, unit, teacher, loader, stepper, ema, enter_step, bar, unreadable, accelerator, config
-            )
+        with report.progress(len(loader), f"epoch {epoch + 1}/{epochs}") as bar:
+            losses = train_epoch(run, trained, loader, stepper, ema, enter_step, bar, unreadable)
         if unit.skipped:
             times = ", ".join(f"{name} {count} times" for name, count in unit.skipped.items())
             report.warn(f"losses that were no numbers and were left out so far: {times}")
@@ -247,36 +256,44 @@ def fit(
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
         if accelerator.is_main_process:
-            scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, "ap_after_cut": ap_after_cut}
-            per_class = {f"ap_{name}": ap for name, ap in result.per_class.items()}
-            run.append_result(
-                {"epoch": epoch + 1, **losses, "macs": macs, **scores, "lr": lr, "seconds": seconds[-1], **per_class}
-            )
+            run.folder.append_result(results_row(epoch + 1, losses, macs, result, ap_after_cut, lr, seconds[-1]))
         # after the row: a run that is killed between the two writes the row again, and never misses one
-        save_checkpoint(run.checkpoints, progress, unit, ema, optimizer, accelerator)
-        recent = seconds[-3:]
-        row = {"epoch": f"{epoch + 1}/{config.train.epochs}", **losses, "macs_left": macs / progress.uncut_macs}
+        save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
+        row = {"epoch": f"{epoch + 1}/{epochs}", **losses}
+        row |= {"macs_left": macs / progress.uncut_macs} if run.pruner else {}
         row |= {"AP": result.ap, "AP50": result.ap50}
-        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if teacher else {}
-        row |= {"lr": lr, "epoch_time": seconds[-1]}
-        row |= {"time_left": sum(recent) / len(recent) * (config.train.epochs - epoch - 1)}
-        report.epoch_row(row if pruner else {key: value for key, value in row.items() if key != "macs_left"})
+        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if teachers else {}
+        time_left = mean(seconds[-3:]) * (epochs - epoch - 1)
+        report.epoch_row(row | {"lr": lr, "epoch_time": seconds[-1], "time_left": time_left})
 
-    finish(config, kept, teacher, evaluate_test, progress, run, report, accelerator, role)
+    finish(run, kept, evaluate_test, progress.before)
+
+
+def plan_cut(run: Run, epoch: int) -> Plan:
+    """The cut that is due before an epoch, the same on every rank."""
+    evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
+    is_main = run.accelerator.is_main_process
+    return agree(run.accelerator, run.pruner.plan(run.unit, epoch, evidence) if is_main else None)
+
+
+def look_at_losses(run: Run) -> None:
+    """Warns, or stops the run, where a knowledge loss teaches nothing or drowns the task."""
+    batch = find_objects(run.unit, run.teachers, run.calibration_batches())
+    for line in check_terms(run.unit, run.teachers, batch, run.config.guards.dominates) if batch else ():
+        if run.config.guards.dominating_term == "stop":
+            raise UserError(line)
+        run.report.warn(line)
 
 
 def train_epoch(
+    run: Run,
     trained: torch.nn.Module,
-    unit: Distiller,
-    teacher: Teacher | None,
-    loader,
-    optimizer,
+    loader: DataLoader,
+    optimizer: Optimizer,
     ema: EMA | None,
     enter_step: Callable[[int], None],
     bar: StepProgress,
     unreadable: set[str],
-    accelerator: Accelerator,
-    config: Config,
 ) -> dict[str, float]:
     """One pass over the training data; the mean of each weighted loss over all processes.
 
@@ -285,6 +302,7 @@ def train_epoch(
     Raises:
         UserError: a loss is no longer a number.
     """
+    unit, accelerator, clip_norm = run.unit, run.accelerator, run.config.train.optimizer.clip_norm
     trained.train()
     sums: dict[str, torch.Tensor] = {}
     steps = 0
@@ -294,11 +312,11 @@ def train_epoch(
             continue
         enter_step(step)
         with accelerator.accumulate(trained):
-            taught = teacher(batch.images) if teacher and unit.terms else None
-            loss, parts = trained(batch.images, batch.targets, taught)
+            lessons = unit.ask(run.teachers, batch.images, batch.targets)
+            loss, parts = trained(batch.images, batch.targets, lessons)
             accelerator.backward(loss)
-            if accelerator.sync_gradients and config.train.optimizer.clip_norm:
-                accelerator.clip_grad_norm_(unit.parameters(), config.train.optimizer.clip_norm)
+            if accelerator.sync_gradients and clip_norm:
+                accelerator.clip_grad_norm_(unit.parameters(), clip_norm)
             optimizer.step()
             optimizer.zero_grad()
         if ema and accelerator.sync_gradients:
@@ -311,7 +329,7 @@ def train_epoch(
             check_losses(unit)
     check_losses(unit)
     if not steps:
-        raise UserError(f"{config.data.root}: not one training image could be read; mend the files")
+        raise UserError(f"{run.config.data.root}: not one training image could be read; mend the files")
     reduced = accelerator.reduce(torch.stack(list(sums.values())) / steps, "mean").tolist()
     return dict(zip(sums, reduced))
 
@@ -329,37 +347,41 @@ def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detect
 
 
 def finish(
-    config: Config,
-    kept: Detector,
-    teacher: Teacher | None,
-    evaluate: Callable[[Detector], EvaluationResult],
-    progress: Progress,
-    run: RunFolder,
-    report: Report,
-    accelerator: Accelerator,
-    role: str,
+    run: Run, kept: Detector, evaluate: Callable[[Detector], EvaluationResult], before: dict[str, Any] | None
 ) -> None:
-    """Saves the student, writes the summary and prints the table that compares it with its teacher."""
-    image_size = config.data.image_size
+    """Saves the student, writes the summary and prints the table that compares it with its teachers."""
+    config, image_size = run.config, run.config.data.image_size
+    split, device = config.data.test or config.data.val, run.accelerator.device
     after = describe(evaluate(kept), kept, image_size)
-    of_teacher = describe(evaluate(teacher.detector), teacher.detector, image_size) if teacher else None
-    if not accelerator.is_main_process:
+    teachers = {
+        name: describe(evaluate(teacher.detector), teacher.detector, image_size)
+        for name, teacher in run.teachers.items()
+    }
+    if not run.accelerator.is_main_process:
         return
-    detectors = {"teacher": teacher.detector if teacher else None, "student": kept, "student_before": None}
-    if progress.plans:
-        detectors["student_before"] = students.build(**kept.recipe).to(accelerator.device)  # for its shape alone
-    latency = {name: measure_latency(d, image_size) for name, d in detectors.items() if d is not None}
-    entries = {"teacher": of_teacher, "student_before": progress.before, "student": after}
-    entries = {name: entry | {"latency_ms": latency[name]} if entry else None for name, entry in entries.items()}
+    for name, entry in teachers.items():
+        entry["latency_ms"] = measure_latency(run.teachers[name].detector, image_size)
+    if before:  # the uncut student, built again for its shape alone
+        uncut = students.build(**kept.recipe).to(device)
+        before = before | {"latency_ms": measure_latency(uncut, image_size)}
+    of_student = after | {"latency_ms": measure_latency(kept, image_size)}
     info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
-    students.save(kept, run.student, info | {"split": config.data.test or config.data.val, **after})
-    run.write_summary({**entries, "split": config.data.test or config.data.val, "epochs": config.train.epochs})
-    before = f"student before cutting, epoch {progress.before['epoch']}" if progress.before else ""
-    titles = {"teacher": "teacher", "student_before": before, "student": role}
-    split = config.data.test or config.data.val
-    report.table(
-        f"{run.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {accelerator.device.type}",
-        *comparison({title: entries[name] for name, title in titles.items()}, "teacher" if teacher else None),
+    students.save(kept, run.folder.student, info | {"split": split, **after})
+    run.folder.write_summary(
+        {
+            **({"teachers": teachers} if config.teachers else {"teacher": teachers.get(TEACHER)}),
+            "student_before": before,
+            "student": of_student,
+            "split": split,
+            "epochs": config.train.epochs,
+        }
+    )
+    rows = {teacher_title(name): entry for name, entry in teachers.items()}
+    reference = best({title: entry["ap"] for title, entry in rows.items()})
+    rows |= {f"student before cutting, epoch {before['epoch']}": before} if before else {}
+    run.report.table(
+        f"{run.folder.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {device.type}",
+        *comparison(rows | {run.role: of_student}, reference),
     )
 
 

@@ -82,7 +82,7 @@ def correlate(folder: Path, channels: int, batches: int, seed: int) -> dict[str,
 
     correlations = {}
     for name, importance in IMPORTANCES.items():
-        loss = lambda batch: trained_loss(unit, None, batch)  # noqa: E731
+        loss = lambda batch: trained_loss(unit, {}, batch)  # noqa: E731
         evidence = importance.measure(unit, groups, shown, loss) if importance.measure else None
         scores = [importance.score(group, named_tensors(unit), evidence) for group in groups]
         guesses = [score[chosen].tolist() for score, chosen in zip(scores, sample)]
@@ -112,7 +112,7 @@ def added_loss(unit: Distiller, group: ChannelGroup, channel: int, batches: list
 def task_loss(unit: Distiller, batches: list[Batch]) -> float:
     """The mean of the task's loss over batches, in eval mode."""
     with eval_mode(unit):
-        return mean(float(trained_loss(unit, None, batch)) for batch in batches)
+        return mean(float(trained_loss(unit, {}, batch)) for batch in batches)
 
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:

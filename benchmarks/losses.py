@@ -114,20 +114,19 @@ class Step:
 
     def __init__(self, config: Config):
         data = build.build_data(config.data, config.seed)
-        detector = build.build_teacher(config, data.class_names)
+        detectors = build.build_teachers(config, data.class_names)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.unit = build.build_unit(config, data.class_names, detector)
+        self.unit = build.build_unit(config, data.class_names, detectors)
         self.unit.to(self.device, memory_format=torch.channels_last).train()
-        self.teacher = Teacher(detector, self.device) if detector else None
-        if self.teacher:
-            self.unit.bind(self.teacher.detector)
+        self.teachers = {name: Teacher(detector, self.device) for name, detector in detectors.items()}
+        self.unit.bind(detectors)
         self.optimizer = build_optimizer(self.unit, 1e-4, 1.0, 0.05)
         batch: Batch = next(iter(data.train.loader))
         self.batch = batch._replace(images=batch.images.to(self.device))
 
     def loss(self) -> torch.Tensor:
-        taught = self.teacher(self.batch.images) if self.teacher else None
-        return self.unit(self.batch.images, self.batch.targets, taught)[0]
+        lessons = self.unit.ask(self.teachers, self.batch.images, self.batch.targets)
+        return self.unit(self.batch.images, self.batch.targets, lessons)[0]
 
     def __call__(self) -> None:
         self.unit.combiner.step += 1  # as in training, gradients are balanced at some steps only

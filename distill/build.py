@@ -8,17 +8,26 @@ from torch.utils.data import DataLoader
 
 import students
 from distill.combiner import Combiner, WeightSchedule
-from distill.data import DetectionDataset, DetectionIndex, build_augmentation, build_loader, build_resize, open_index
+from distill.data import (
+    DetectionDataset,
+    DetectionIndex,
+    MixedDataset,
+    build_augmentation,
+    build_loader,
+    build_resize,
+    open_index,
+    open_unlabelled,
+)
 from distill.data.synthetic import draw_scenes
 from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
-from distill.schema import Config, DataConfig, DenseConfig, TermConfig
+from distill.schema import Config, DataConfig, DenseConfig, TeacherConfig, TermConfig
 from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
-from teachers import ScaledDetector, inherit
+from teachers import ScaledDetector, inherit, speak
 
 
 @dataclass
@@ -34,18 +43,26 @@ class Data:
     """What a run reads.
 
     Attributes:
-        train: shuffled and augmented.
+        train: shuffled and augmented; its loader also gives the unlabelled images.
         val: evaluated after every epoch.
         test: evaluated in the end, for the table; the validation split if there is no other.
+        unlabelled: images that only teachers say something about; where all are, `train` has the same.
     """
 
     train: Split
     val: Split
     test: Split
+    unlabelled: DetectionIndex | None = None
 
     @property
     def class_names(self) -> list[str]:
-        return list(self.train.index.class_names)
+        return list(self.val.index.class_names)
+
+    @property
+    def indices(self) -> list[DetectionIndex]:
+        """Each once."""
+        found = (self.train.index, self.unlabelled, self.val.index, self.test.index)
+        return list({id(index): index for index in found if index is not None}.values())
 
 
 def draw_data(config: DataConfig) -> None:
@@ -57,23 +74,32 @@ def draw_data(config: DataConfig) -> None:
 
 def build_data(config: DataConfig, seed: int = 0) -> Data:
     """Opens the splits that the settings name."""
-    train = open_split(config, config.train, config.classes)
-    if not len(train.boxes):
+    labelled = open_split(config, config.train, config.classes) if config.train else None
+    if labelled is not None and not len(labelled.boxes):
         raise UserError(
             f"data.train: {config.root}, {config.train}: no annotations found, "
-            f"none of its {len(train)} images has a box; check the annotation files and data.class_map"
+            f"none of its {len(labelled)} images has a box; check the annotation files and data.class_map"
         )
-    class_names = train.class_names
+    val = evaluation_split(config, config.val, config.classes if labelled is None else labelled.class_names)
+    class_names = val.index.class_names
+    test = evaluation_split(config, config.test, class_names) if config.test else val
+    unlabelled = None
+    if config.unlabelled:
+        unlabelled = open_unlabelled(config.unlabelled.root, config.unlabelled.split, class_names, config.unreadable)
+
     augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump())
+    train = labelled if labelled is not None else unlabelled
     dataset = DetectionDataset(train, augmentation, seed, config.unreadable)
+    if labelled is not None and unlabelled is not None:
+        # another seed, or images of the same number would be flipped and cropped alike
+        others = DetectionDataset(unlabelled, augmentation, seed + 1, config.unreadable)
+        dataset = MixedDataset(dataset, others, config.unlabelled.ratio)
     # a last batch of one or two images would upset the batch norms
-    drop_last = len(train) > config.batch_size
+    drop_last = len(dataset) > config.batch_size
     loader = build_loader(
         dataset, config.batch_size, workers=config.workers, shuffle=True, seed=seed, drop_last=drop_last
     )
-    val = evaluation_split(config, config.val, class_names)
-    test = evaluation_split(config, config.test, class_names) if config.test else val
-    return Data(Split(train, loader), val, test)
+    return Data(Split(train, loader), val, test, unlabelled)
 
 
 def open_split(config: DataConfig, split: str, classes: list[str] | tuple[str, ...] | None) -> DetectionIndex:
@@ -108,33 +134,35 @@ def build_detector(config: DenseConfig, class_names: list[str], image_size: tupl
     return detector
 
 
-def build_teacher(config: Config, class_names: list[str]) -> Detector | None:
-    """The teacher: loaded where the settings give a path, else untrained, to be trained or just to be looked at."""
-    if config.teacher is None:
-        return None
-    if config.teacher.path is not None:
-        return at_own_size(load_teacher(config.teacher.path, class_names), config)
-    image_size = config.teacher.image_size or config.data.image_size
-    detector = build_detector(config.teacher.detector, class_names, image_size, "teacher.detector")
-    return at_own_size(detector, config)
+def build_teachers(config: Config, class_names: list[str]) -> dict[str, Detector]:
+    """The teachers: loaded where the settings give a path, else untrained, to be trained or just to be looked at."""
+    teachers = {}
+    for name, teacher in config.all_teachers.items():
+        key = config.teacher_key(name)
+        if teacher.path is not None:
+            detector = load_teacher(teacher, class_names, key)
+        else:
+            image_size = teacher.image_size or config.data.image_size
+            detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
+        teachers[name] = at_own_size(detector, teacher, config.data)
+    return teachers
 
 
-def at_own_size(teacher: Detector, config: Config) -> Detector:
-    """The teacher for the student's images: behind a resize where it has an image size of its own."""
-    own = config.teacher.image_size
-    return ScaledDetector(teacher, own[0] / config.data.image_size[0]) if own else teacher
+def at_own_size(detector: Detector, teacher: TeacherConfig, data: DataConfig) -> Detector:
+    """A teacher for the student's images: behind a resize where it has an image size of its own."""
+    return ScaledDetector(detector, teacher.image_size[0] / data.image_size[0]) if teacher.image_size else detector
 
 
-def teacher_run_config(config: Config, output_dir: Path) -> Config:
-    """The settings of the run that trains the teacher: plain training of `teacher.detector` on the same data."""
-    image_size = config.teacher.image_size or config.data.image_size
+def teacher_run_config(config: Config, teacher: TeacherConfig, output_dir: Path) -> Config:
+    """The settings of the run that trains a teacher: plain training of its `detector` on the same labelled data."""
+    image_size = teacher.image_size or config.data.image_size
     return Config(
         output_dir=str(output_dir),
         overwrite=True,
         seed=config.seed,
-        data=config.data.model_copy(update={"image_size": image_size}),
-        student=config.teacher.detector,
-        train=config.teacher.train,
+        data=config.data.model_copy(update={"unlabelled": None, "image_size": image_size}),
+        student=teacher.detector,
+        train=teacher.train,
     )
 
 
@@ -147,46 +175,54 @@ def trains_alike(one: Config, other: Config) -> bool:
     ) and one.data.model_copy(update={"workers": 0}) == other.data.model_copy(update={"workers": 0})
 
 
-def load_teacher(path: str, class_names: list[str]) -> Detector:
-    """The detector of an artifact folder, if it knows the data set's classes."""
+def load_teacher(config: TeacherConfig, class_names: list[str], key: str) -> Detector:
+    """The detector of an artifact folder, with its classes in the student's order."""
     try:
-        detector = students.load(path)
+        detector = students.load(config.path)
     except ValueError as error:
-        raise UserError(f"teacher.path: {error}") from None
-    if detector.class_names != class_names:
-        raise UserError(
-            f"teacher.path: {path} knows {len(detector.class_names)} classes, {_some(detector.class_names)}; "
-            f"the student has {len(class_names)}, {_some(class_names)}; "
-            "set data.classes and data.class_map so that both agree"
-        )
+        raise UserError(f"{key}.path: {error}") from None
+    try:
+        speak(detector, class_names, config.class_map)
+    except ValueError as error:
+        raise UserError(f"{key}.{error}") from None
     return detector
 
 
-def build_unit(config: Config, class_names: list[str], teacher: Detector | None) -> Distiller:
+def build_unit(config: Config, class_names: list[str], teachers: dict[str, Detector]) -> Distiller:
     """The student and its knowledge terms, untrained."""
     student = build_detector(config.student, class_names, config.data.image_size, "student")
     if config.inherit:
         try:
-            inherit(student, teacher, config.inherit)  # once more when the teacher is trained; here to see that it fits
+            # once more when the teacher is trained; here to see that it fits
+            inherit(student, next(iter(teachers.values())), config.inherit)
         except ValueError as error:
             raise UserError(str(error)) from None
-    terms = {name: build_term(loss, student, teacher, name) for name, loss in config.losses.items()}
+    taught_by = {name: config.teacher_of(name) for name in config.losses}
+    terms = {name: build_term(loss, student, teachers[taught_by[name]], name) for name, loss in config.losses.items()}
     combiner = Combiner(
         {name: config.weight_of(name) for name in config.losses},
         {name: WeightSchedule(**loss.schedule.model_dump()) for name, loss in config.losses.items()},
         config.train.epochs,
         config.balance,
     )
-    return Distiller(student, terms, combiner, skip_bad=config.guards.bad_term == "skip")
+    score_threshold = config.data.unlabelled.score_threshold if config.data.unlabelled else 0.0
+    return Distiller(student, terms, combiner, config.guards.bad_term == "skip", taught_by, score_threshold)
 
 
 def build_term(config: TermConfig, student: Detector, teacher: Detector, name: str) -> KnowledgeTerm:
     """One knowledge term between two detectors."""
-    settings = config.model_dump(exclude={"name", "weight", "schedule"})
+    settings = config.model_dump(exclude={"name", "teacher", "weight", "schedule"})
     try:
-        return TERMS[config.name](student, teacher, **settings)
+        term = TERMS[config.name](student, teacher, **settings)
     except ValueError as error:
         raise UserError(f"losses.{name}.{error}") from None
+    if term.uses_classes and len(teacher.unknown) == len(teacher.class_names):
+        raise UserError(
+            f"losses.{name}.name: {config.name} goes by class scores, and its teacher knows none of the student's "
+            f"{len(teacher.unknown)} classes, {_some(teacher.class_names)}; say which of its own they are in its "
+            "class_map, or choose a loss over features"
+        )
+    return term
 
 
 def build_pruner(config: Config, unit: Distiller, device: torch.device | None = None) -> Pruner | None:

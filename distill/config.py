@@ -1,6 +1,5 @@
 """A run's settings from YAML and dotted overrides; a wrong key or value is one line with a way out."""
 
-import copy
 import difflib
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def override(settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of the settings with each `dotted.key=value` set."""
-    settings = copy.deepcopy(settings)
+    settings = _unshared(settings)
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
@@ -112,6 +111,13 @@ def explain(error: ValidationError) -> str:
     return f"{key}: {message}{shown}{more}"
 
 
+def _unshared(value: Any) -> Any:
+    """A copy in which no two keys hold the same section, as they do after YAML's `*alias`."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
 def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
     """The user's own key path, without pydantic's union tags, and the keys allowed where the last one stands."""
     names, allowed, model = [], list(Config.model_fields), Config
@@ -121,6 +127,8 @@ def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
             model = tagged[0]
         else:
             names.append(part)
+            if names[:-1] == ["teachers"]:
+                continue  # a name; its section is known
             field = model.model_fields.get(part) if model else None
             allowed = list(model.model_fields) if model else allowed
             model = _section_of(field.annotation) if field else None

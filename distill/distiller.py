@@ -1,24 +1,47 @@
-"""The unit of training: a student, the adapters that its teacher needs, and the sum of all their losses."""
+"""The unit of training: a student, the adapters that its teachers need, and the sum of all their losses."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from distill.combiner import Combiner
 from distill.terms import KnowledgeTerm
 from students import DenseOutput, Detector
+from teachers import Teacher, hide_classes, label_images
+
+Targets = Sequence[dict[str, Tensor] | None]  # as in `Batch.targets`: those of unlabelled images are None and come last
+
+
+class Lesson(NamedTuple):
+    """What a teacher has to say about a batch.
+
+    Attributes:
+        output: its raw output for the images.
+        targets: the ground truth, one dict an image. Images without it have what the teacher detects, if one of its
+            losses goes by boxes, else nothing.
+        unknown: labels that it does not know.
+    """
+
+    output: DenseOutput
+    targets: Sequence[dict[str, Tensor]]
+    unknown: tuple[int, ...] = ()
 
 
 class Distiller(nn.Module):
     """Student and knowledge terms as one module, so that they are wrapped, optimised, cut and saved together.
 
-    The teacher stays outside: it is asked beforehand and only its tensors come in.
+    The teachers stay outside: they are asked beforehand and only their tensors come in.
 
     Args:
         student: the detector that learns.
         terms: knowledge terms by the name they are logged under; none trains the student plainly.
         combiner: what they count; each 1 where left out.
         skip_bad: leave a term out of a step where it is no number, which a GPU has to wait for.
+        taught_by: the teacher of each term; where left out, all have one that is called `teacher`.
+        score_threshold: how sure a teacher must be of a detection that stands in for ground truth.
 
     Attributes:
         skipped: how often each term was left out so.
@@ -30,35 +53,66 @@ class Distiller(nn.Module):
         terms: dict[str, KnowledgeTerm] | None = None,
         combiner: Combiner | None = None,
         skip_bad: bool = False,
+        taught_by: Mapping[str, str] | None = None,
+        score_threshold: float = 0.3,
     ):
         super().__init__()
         self.student = student
         self.terms = nn.ModuleDict(terms or {})
         self.combiner = combiner or Combiner(dict.fromkeys(self.terms, 1.0))
         self.skip_bad = skip_bad
+        self.taught_by = dict(taught_by) if taught_by else dict.fromkeys(self.terms, "teacher")
+        self.score_threshold = score_threshold
         self.skipped: Counter[str] = Counter()
 
+    @torch.no_grad()
+    def ask(self, teachers: Mapping[str, Teacher], images: Tensor, targets: Targets) -> dict[str, Lesson]:
+        """The lessons of a batch, by teacher; one whose terms all count nothing at present is left in peace.
+
+        Args:
+            teachers: by name.
+            images: (B, 3, H, W) in [0, 1].
+            targets: one an image.
+        """
+        counting = {name: term for name, term in self.terms.items() if self.combiner.weight(name)}
+        lessons = {}
+        for name in dict.fromkeys(self.taught_by[term] for term in counting):
+            output, detector = teachers[name](images), teachers[name].detector
+            complete, labelled = targets, count_labelled(targets)
+            if labelled < len(targets):
+                rest = [nothing(images)] * (len(targets) - labelled)
+                if any(term.uses_boxes and self.taught_by[key] == name for key, term in counting.items()):
+                    unlabelled = output.of_images(slice(labelled, None))
+                    rest = label_images(detector, unlabelled, tuple(images.shape[-2:]), self.score_threshold)
+                complete = [*targets[:labelled], *rest]
+            lessons[name] = Lesson(output, complete, detector.unknown)
+        return lessons
+
     def forward(
-        self, images: Tensor, targets: list[dict[str, Tensor]], teacher_output: DenseOutput | None = None
+        self, images: Tensor, targets: Targets, lessons: Mapping[str, Lesson] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts: `task` and each term weighted as it enters the sum, detached.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            targets: see `Detector.loss`.
-            teacher_output: the teacher's output for the same images; not needed where there are no terms.
+            targets: one an image, see `Detector.loss`.
+            lessons: what `ask` gave for them; not needed where there are no terms.
         """
-        return self.combiner(*self.losses(images, targets, teacher_output))
+        return self.combiner(*self.losses(images, targets, lessons))
 
     def losses(
-        self, images: Tensor, targets: list[dict[str, Tensor]], teacher_output: DenseOutput | None = None
+        self, images: Tensor, targets: Targets, lessons: Mapping[str, Lesson] | None = None
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         """The task's loss, each term's, unweighted, and the pyramid they come from; arguments as in `forward`."""
         output, image_size = self.student(images), tuple(images.shape[-2:])
-        task = sum(self.student.loss(output, targets).values())
+        task = self.task_loss(output, targets)
         terms = {}
         for name, term in self.terms.items():
-            value = term(output, teacher_output, targets, image_size) if self.combiner.weight(name) else None
+            value = None
+            if self.combiner.weight(name):
+                lesson = lessons[self.taught_by[name]]
+                judged = hide_classes(output, lesson.unknown, self.student.anchors)
+                value = term(judged, lesson.output, lesson.targets, image_size)
             if value is not None and self.skip_bad and not value.isfinite():
                 self.skipped[name] += 1
                 value = None
@@ -66,10 +120,21 @@ class Distiller(nn.Module):
             terms[name] = sum_of_nothing(term, task) if value is None else value
         return task, terms, output.features
 
-    def bind(self, teacher: Detector) -> None:
-        """Tells the terms who teaches, once the teacher is trained and on its device."""
-        for term in self.terms.values():
-            term.bind(self.student, teacher)
+    def task_loss(self, output: DenseOutput, targets: Targets) -> Tensor:
+        """The student's own loss on the labelled images of a batch; 0 where there are none."""
+        labelled = count_labelled(targets)
+        if labelled == len(targets):
+            return sum(self.student.loss(output, targets).values())
+        if labelled:
+            return sum(self.student.loss(output.of_images(slice(labelled)), targets[:labelled]).values())
+        # computed all the same: other ranks may have labelled images, and wait for this one's share of the normalisers
+        empty = [nothing(output.features[0])]
+        return sum(self.student.loss(output.of_images(slice(1)), empty).values()) * 0.0
+
+    def bind(self, teachers: Mapping[str, Detector]) -> None:
+        """Tells the terms who teaches, once the teachers are trained and on their device."""
+        for name, term in self.terms.items():
+            term.bind(self.student, teachers[self.taught_by[name]])
 
     def traced_outputs(self, images: Tensor) -> list[Tensor]:
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""
@@ -81,6 +146,17 @@ class Distiller(nn.Module):
     def output_layers(self) -> tuple[nn.Module, ...]:
         """Layers whose outputs keep their width, whatever is cut."""
         return (*self.student.output_layers, *(x for term in self.terms.values() for x in term.output_layers))
+
+
+def count_labelled(targets: Targets) -> int:
+    """How many images of a batch have ground truth; they come first."""
+    return next((position for position, target in enumerate(targets) if target is None), len(targets))
+
+
+def nothing(like: Tensor) -> dict[str, Tensor]:
+    """The target of an image without objects, on the device of a tensor."""
+    device = like.device
+    return {"boxes": torch.zeros(0, 4, device=device), "labels": torch.zeros(0, dtype=torch.long, device=device)}
 
 
 def sum_of_nothing(module: nn.Module, like: Tensor) -> Tensor:

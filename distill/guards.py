@@ -2,6 +2,7 @@
 that changes."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,10 +11,27 @@ from distill.combiner import gradient_norms
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.errors import UserError
-from teachers import Teacher
+from distill.schema import Config
+from teachers import Teacher, label_images
 
 
-def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: float) -> list[str]:
+def find_objects(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Batch | None:
+    """The first batch with objects, as some losses are silent, and rightly so, without; None if there is no such batch.
+
+    Where nothing is labelled, an object is what a teacher is sure enough of.
+    """
+    for batch in batches:
+        labelled = [target for target in batch.targets if target is not None]
+        if not labelled:
+            size, least = tuple(batch.images.shape[-2:]), unit.score_threshold
+            seen = (label_images(t.detector, t(batch.images), size, least) for t in teachers.values())
+            labelled = [target for targets in seen for target in targets]
+        if any(len(target["labels"]) for target in labelled):
+            return batch
+    return None
+
+
+def check_terms(unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, dominates: float) -> list[str]:
     """Looks at each knowledge term's gradient at the student's pyramid, as it is weighted at present.
 
     The unit is in train mode, as gradients are in training: before it, untrained batch norms would not normalise yet.
@@ -22,7 +40,7 @@ def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: floa
 
     Args:
         unit: the student with its terms.
-        teacher: its teacher.
+        teachers: its teachers, by name.
         batch: of training images, best with objects.
         dominates: how many times the task's gradient norm a term's may be.
 
@@ -30,14 +48,15 @@ def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: floa
         A line for each term that dominates.
 
     Raises:
-        UserError: a term that has no gradient; or the teacher has been given gradients.
+        UserError: a term that has no gradient; or a teacher has been given gradients.
     """
     device = batch.images.device
     devices = [] if device.type == "cpu" else [device]
     modes = [(module, module.training) for module in unit.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in unit.buffers()]
     with torch.enable_grad(), torch.random.fork_rng(devices, device_type=device.type):
-        task, terms, features = unit.train().losses(batch.images, batch.targets, teacher(batch.images))
+        lessons = unit.train().ask(teachers, batch.images, batch.targets)
+        task, terms, features = unit.losses(batch.images, batch.targets, lessons)
         task_norm, *norms = gradient_norms([task, *terms.values()], features).tolist()
     for module, training in modes:
         module.training = training
@@ -57,9 +76,10 @@ def check_terms(unit: Distiller, teacher: Teacher, batch: Batch, dominates: floa
                 f"losses.{name}: its gradient is {share:.0f} times the task's, more than guards.dominates, "
                 f"{dominates:g}; lower its weight below {fitting:.2g}, or say balance: gradient"
             )
-    touched = [name for name, p in teacher.detector.named_parameters() if p.grad is not None or p.requires_grad]
-    if touched:
-        raise UserError(f"teacher: {touched[0]} takes part in training; a teacher must be frozen")
+    for key, teacher in teachers.items():
+        touched = [name for name, p in teacher.detector.named_parameters() if p.grad is not None or p.requires_grad]
+        if touched:
+            raise UserError(f"{Config.teacher_key(key)}: {touched[0]} takes part in training; a teacher must be frozen")
     return dominating
 
 
@@ -83,7 +103,9 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_unchanged(teacher: Teacher, before: str) -> None:
-    """Raises a UserError if the teacher is no longer the one with this fingerprint."""
-    if fingerprint(teacher.detector) != before:
-        raise UserError("teacher: its weights or batch-norm statistics changed during training; it must be frozen")
+def check_unchanged(teachers: Mapping[str, Teacher], before: Mapping[str, str]) -> None:
+    """Raises a UserError if a teacher is no longer the one with its fingerprint."""
+    for name, teacher in teachers.items():
+        if fingerprint(teacher.detector) != before[name]:
+            key = Config.teacher_key(name)
+            raise UserError(f"{key}: its weights or batch-norm statistics changed during training; it must be frozen")

@@ -14,12 +14,15 @@ from typing import Any
 import yaml
 
 from distill.errors import UserError
+from distill.schema import TEACHER
 
 CONFIG, RESULTS, SUMMARY, LOG = "config.yaml", "results.csv", "summary.json", "train.log"
-CHECKPOINTS, STUDENT, TEACHER = "checkpoints", "student", "teacher"
-TEACHER_RUN = "teacher_run"  # a run folder of its own, where a run trains its teacher first
+CHECKPOINTS, STUDENT, TEACHERS = "checkpoints", "student", "teachers"
+# run folders of their own, where a run trains its teacher, or several, first
+TEACHER_RUN, TEACHER_RUNS = "teacher_run", "teacher_runs"
+OF_TEACHERS = (TEACHER, TEACHERS, TEACHER_RUN, TEACHER_RUNS)
 # what overwriting removes, in this order; the config goes last, by being replaced: a folder is a run while it has one
-REMOVED = (SUMMARY, RESULTS, LOG, CHECKPOINTS, STUDENT, TEACHER, TEACHER_RUN)
+REMOVED = (SUMMARY, RESULTS, LOG, CHECKPOINTS, STUDENT, *OF_TEACHERS)
 
 # Other toolkits write config.yaml and checkpoints/ too. Only a folder whose config begins so may ever be overwritten.
 SIGNATURE = "# the resolved config of a distill run"
@@ -59,13 +62,13 @@ class RunFolder:
     def student(self) -> Path:
         return self.path / STUDENT
 
-    @property
-    def teacher(self) -> Path:
-        return self.path / TEACHER
+    def teacher(self, name: str = TEACHER) -> Path:
+        """A teacher that was trained first; one of several in a folder of its name."""
+        return self.path / (TEACHER if name == TEACHER else f"{TEACHERS}/{name}")
 
-    @property
-    def teacher_run(self) -> Path:
-        return self.path / TEACHER_RUN
+    def teacher_run(self, name: str = TEACHER) -> Path:
+        """The run that trained it."""
+        return self.path / (TEACHER_RUN if name == TEACHER else f"{TEACHER_RUNS}/{name}")
 
     @classmethod
     def create(
@@ -210,7 +213,7 @@ class RunFolder:
             raise UserError(
                 f"output_dir: {self.path} holds an unfinished run; go on with it by --resume {self.path}, {way_out}"
             )
-        if found & {RESULTS, STUDENT, TEACHER, TEACHER_RUN}:
+        if found & {RESULTS, STUDENT, *OF_TEACHERS}:
             raise UserError(f"output_dir: {self.path} holds a run that has no checkpoint to resume from; {way_out}")
 
     def _clear(self, keep: Sequence[str]) -> None:
@@ -229,8 +232,9 @@ class RunFolder:
         return self.config_file.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE)
 
     def _has_checkpoint(self) -> bool:
-        """Whether there is anything to go on from: an epoch of this run, or of the run that trains its teacher."""
-        return any(any((folder / CHECKPOINTS).glob("epoch_*.pt")) for folder in (self.path, self.path / TEACHER_RUN))
+        """Whether there is anything to go on from: an epoch of this run, or of a run that trains a teacher."""
+        folders = (self.path, self.path / TEACHER_RUN, *(self.path / TEACHER_RUNS).glob("*"))
+        return any(any((folder / CHECKPOINTS).glob("epoch_*.pt")) for folder in folders)
 
     def _finished_on(self) -> str:
         return f"{datetime.fromtimestamp(self.summary_file.stat().st_mtime):%Y-%m-%d %H:%M}"

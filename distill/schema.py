@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from distill.pruning.schedule import cuts_at
 
@@ -70,9 +70,28 @@ class SyntheticConfig(Section):
     seed: Seed = 0
 
 
+class UnlabelledConfig(Section):
+    """Images that only teachers say something about: all of a folder, or those of a data set's split."""
+
+    root: str
+    split: str | None = None  # of the data set in root; its annotations are not looked at
+    ratio: Number = 0.5  # share of these in what is trained on; the rest is labelled
+    score_threshold: Share = 0.3  # of a teacher's detections that stand in where a loss goes by boxes
+
+    @field_validator("ratio")
+    @classmethod
+    def _mixed(cls, value: float) -> float:
+        if not 0.01 <= value <= 0.99:
+            raise ValueError(
+                f"found {value:g}; it goes from 0.01 to 0.99 (for no labelled images say data.train=null, for no "
+                "unlabelled ones data.unlabelled=null)"
+            )
+        return value
+
+
 class DataConfig(Section):
     root: str
-    train: str = "train"
+    train: str | None = "train"  # null trains on unlabelled images alone
     val: str = "val"
     test: str | None = None
     image_size: ImageSize
@@ -83,7 +102,14 @@ class DataConfig(Section):
     batch_size: Count = 8
     workers: Annotated[int, Field(ge=0, strict=True)] = 2
     augment: AugmentConfig = AugmentConfig()
+    unlabelled: UnlabelledConfig | None = None
     synthetic: SyntheticConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> "DataConfig":
+        if self.train is None and self.unlabelled is None:
+            raise ValueError("train is null and there are no unlabelled images; name a split, such as data.train=train")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -116,6 +142,7 @@ class TermConfig(Section):
 
     published_weight: ClassVar[float] = 1.0
 
+    teacher: str | None = None  # by name, where there are several
     weight: NotNegative | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     levels: list[str] | None = None  # such as [P3, P4]; all that find a partner if null
@@ -303,6 +330,7 @@ class TeacherConfig(Section):
     """A detector folder (`path`), or a detector to train first (`detector` and `train`); a given path wins."""
 
     path: str | None = None
+    class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
     detector: DenseConfig | None = None
@@ -314,9 +342,12 @@ class TeacherConfig(Section):
             raise ValueError(
                 "give path, the folder of a trained detector, or both detector and train to train it first"
             )
+        if self.class_map and self.path is None:
+            raise ValueError("class_map is for a teacher from a path; one that is trained first has the data's classes")
         return self
 
 
+TEACHER = "teacher"  # what a single one is called, here and in the run folder
 RESERVED = ("epoch", "task", "macs", "lr", "seconds", "macs_left", "teacher_share", "epoch_time", "time_left")
 
 
@@ -327,12 +358,27 @@ class Config(Section):
     data: DataConfig
     student: DenseConfig
     teacher: TeacherConfig | None = None
-    inherit: list[str] = []  # parts that the student starts with from the teacher, such as [neck, head]
+    teachers: dict[str, TeacherConfig] = {}  # several in place of one, by name; each loss says whose it is
+    inherit: list[str] = []  # parts that the student starts with from the (first) teacher, such as [neck, head]
     losses: dict[str, LossConfig] = {}
     balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
     guards: GuardConfig = GuardConfig()
     pruning: PruningConfig | None = None
     train: TrainConfig = TrainConfig()
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By name, be it one, several or none."""
+        return self.teachers or ({TEACHER: self.teacher} if self.teacher else {})
+
+    @staticmethod
+    def teacher_key(name: str) -> str:
+        """Where a teacher's settings stand."""
+        return name if name == TEACHER else f"teachers.{name}"
+
+    def teacher_of(self, loss: str) -> str:
+        """The name of the teacher that a loss belongs to."""
+        return self.losses[loss].teacher or next(iter(self.all_teachers))
 
     def weight_of(self, name: str) -> float:
         """The weight of a knowledge term, given or not."""
@@ -346,17 +392,18 @@ class Config(Section):
         taken = [name for name in self.losses if name in RESERVED or name.startswith("ap")]
         if taken:
             raise ValueError(f"losses.{taken[0]}: a column of results.csv has this name already; give it another")
-        if self.losses and self.teacher is None:
+        self._check_teachers()
+        if self.losses and not self.all_teachers:
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
-        if self.inherit and self.teacher is None:
+        if self.inherit and not self.all_teachers:
             raise ValueError("inherit is given but no teacher; add a teacher section, or remove inherit")
-        if self.teacher and self.teacher.image_size:
-            (height, width), (own_height, own_width) = self.data.image_size, self.teacher.image_size
-            if own_height * width != own_width * height:
-                raise ValueError(
-                    f"teacher.image_size: [{own_height}, {own_width}] and data.image_size, [{height}, {width}], are of "
-                    f"unlike shape; give a multiple, such as [{2 * height}, {2 * width}]"
-                )
+        if self.data.unlabelled and not self.losses:
+            raise ValueError(
+                "data.unlabelled is given but no losses; only a teacher's losses learn from such images, so add a "
+                "teacher and losses, or remove data.unlabelled"
+            )
+        if self.data.train is None:
+            self._check_all_unlabelled()
         if self.pruning and self.pruning.cut_epochs[-1] >= self.train.epochs:
             key = "epochs" if self.pruning.epochs else "end"
             raise ValueError(
@@ -364,3 +411,35 @@ class Config(Section):
                 f"from 0, so nothing would be left to recover in; lower pruning.{key} or raise train.epochs"
             )
         return self
+
+    def _check_teachers(self) -> None:
+        names = list(self.all_teachers)
+        if self.teacher and self.teachers:
+            raise ValueError("teacher and teachers are both given; name them all under teachers (teacher=null)")
+        for name, teacher in self.all_teachers.items():
+            (height, width), own = self.data.image_size, teacher.image_size
+            if own and own[0] * width != own[1] * height:
+                raise ValueError(
+                    f"{self.teacher_key(name)}.image_size: {list(own)} and data.image_size, [{height}, {width}], are "
+                    f"of unlike shape; give a multiple, such as [{2 * height}, {2 * width}]"
+                )
+        for name in self.teachers:
+            if name == TEACHER or not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"teachers.{name}: is no name; give letters, digits, - and _, other than {TEACHER!r}")
+        for key, loss in self.losses.items():
+            if loss.teacher is None and len(names) > 1:
+                raise ValueError(f"losses.{key}.teacher: is missing; say whose loss it is: {', '.join(names)}")
+            if loss.teacher is not None and names and loss.teacher not in names:
+                raise ValueError(f"losses.{key}.teacher: found {loss.teacher!r}; there is {', '.join(names)}")
+
+    def _check_all_unlabelled(self) -> None:
+        for name, teacher in self.all_teachers.items():
+            if teacher.path is None:
+                key = self.teacher_key(name)
+                raise ValueError(
+                    f"{key}: cannot be trained first without labelled images (data.train); give {key}.path"
+                )
+        if self.balance == "gradient":
+            raise ValueError(
+                "balance: gradient goes by the task's gradient, and data.train=null leaves no task; say none"
+            )

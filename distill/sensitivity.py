@@ -97,7 +97,7 @@ def measure(detector: Detector, config: Config, kind: str, importance: str) -> l
         evidence = None
         if criterion.measure:
             batches = calibration_batches(data.train.loader.dataset, config.data.batch_size, device, 16)
-            evidence = criterion.measure(unit, groups, batches, lambda batch: trained_loss(unit, None, batch))
+            evidence = criterion.measure(unit, groups, batches, lambda batch: trained_loss(unit, {}, batch))
         scores = [criterion.score(group, named_tensors(unit), evidence) for group in groups]
     except ValueError as error:
         raise UserError(f"--importance: {error}") from None

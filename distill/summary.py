@@ -13,7 +13,7 @@ from distill.measure import count_macs, count_parameters
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
 from distill.report import counted, human_ap, human_count, human_macs, human_share
-from distill.schema import Config
+from distill.schema import TEACHER, Config
 from distill.terms import KnowledgeTerm
 from students import Detector
 
@@ -27,7 +27,7 @@ def banner_rows(
     config: Config,
     data: Data,
     unit: Distiller,
-    teacher: Detector | None,
+    teachers: Mapping[str, Detector],
     pruner: Pruner | None,
     accelerator: Accelerator,
     role: str,
@@ -39,23 +39,31 @@ def banner_rows(
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if accelerator.device.type == "cpu" else ""
     rows = {
         "Devices": f"{processes}{accelerator.device.type}{threads}, mixed precision: {accelerator.mixed_precision}",
-        "Data": f"{config.data.root} ({data.train.index.format}): "
-        + f"{len(data.train.index)} train, {len(data.val.index)} val"
+        "Data": f"{config.data.root} ({data.val.index.format}): "
+        + f"{len(data.train.index) if config.data.train else 'nothing to'} train, {len(data.val.index)} val"
         + (f", {len(data.test.index)} test" if data.test is not data.val else "")
         + f"; {len(data.class_names)} classes; {width}x{height} px",
         role.capitalize(): f"{backbone}: {size(unit.student, config.data.image_size)}",
     }
-    if teacher is not None:
-        source = config.teacher.path or "trained first"
-        if config.teacher.image_size:
-            source += f", sees {config.teacher.image_size[1]}x{config.teacher.image_size[0]} px"
-        rows["Teacher"] = f"{teacher.recipe['backbone']}: {size(teacher, config.data.image_size)} ({source})"
-    if unit.terms:
-        share = " of the task's gradient" if config.balance == "gradient" else ""
-        rows["Distillation"] = ", ".join(
-            f"{name}: {loss.name} x {config.weight_of(name):g}{share}" for name, loss in config.losses.items()
-        )
-        rows |= {"Levels": pairings} if (pairings := describe_levels(unit.terms)) else {}
+    if data.unlabelled is not None:
+        rows["Unlabelled"] = unlabelled_row(config, data, unit)
+    share = " of the task's gradient" if config.balance == "gradient" else ""
+    for name, teacher in teachers.items():
+        settings = config.all_teachers[name]
+        title = teacher_title(name).capitalize()
+        source = settings.path or "trained first"
+        if settings.image_size:
+            source += f", sees {settings.image_size[1]}x{settings.image_size[0]} px"
+        rows[title] = f"{teacher.recipe['backbone']}: {size(teacher, config.data.image_size)} ({source})"
+        if teacher.unknown:
+            rows[title] += f"; does not know {', '.join(teacher.class_names[label] for label in teacher.unknown)}"
+        terms = {loss: unit.terms[loss] for loss, by in unit.taught_by.items() if by == name}
+        if terms:
+            of = "" if len(teachers) == 1 else f" of {name}"
+            rows[f"Distillation{of}"] = ", ".join(
+                f"{loss}: {config.losses[loss].name} x {config.weight_of(loss):g}{share}" for loss in terms
+            )
+            rows |= {f"Levels{of}": pairings} if (pairings := describe_levels(terms)) else {}
     if pruner:
         number = len(pruner.epochs)
         when = f"before epoch {pruner.epochs[0] + 1}" + (f" to {pruner.epochs[-1] + 1}" if number > 1 else "")
@@ -79,6 +87,29 @@ def describe_levels(terms: Mapping[str, KnowledgeTerm]) -> str:
     return "\n".join(f"{', '.join(names)}: {pairing}" for pairing, names in by_pairing.items())
 
 
+def unlabelled_row(config: Config, data: Data, unit: Distiller) -> str:
+    """Which images have no labels, and what that means for the losses."""
+    settings, number = config.data.unlabelled, len(data.unlabelled)
+    share = f"{settings.ratio:.0%} of what is trained on" if config.data.train else "all that is trained on"
+    by_boxes = [name for name, term in unit.terms.items() if term.uses_boxes]
+    text = f"{settings.root}: {number} images, {share}; without the task's loss"
+    if by_boxes:
+        text += (
+            f"; {', '.join(by_boxes)}: by what the teacher detects with a score of {settings.score_threshold:g} or more"
+        )
+    return text
+
+
+def teacher_title(name: str) -> str:
+    """What a teacher is called in tables."""
+    return TEACHER if name == TEACHER else f"{TEACHER} {name}"
+
+
+def best(aps: Mapping[str, float | None]) -> str | None:
+    """The name with the highest AP, the first of equals; None if there is none."""
+    return max(aps, key=lambda name: aps[name] or 0.0, default=None)
+
+
 def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:
     """A detector's entry in `summary.json`, still without latency."""
     return {
@@ -94,6 +125,21 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
     }
 
 
+def results_row(
+    epoch: int,
+    losses: Mapping[str, float],
+    macs: int,
+    result: EvaluationResult,
+    ap_after_cut: float | None,
+    lr: float,
+    seconds: float,
+) -> dict[str, float | int | None]:
+    """An epoch's row in `results.csv`."""
+    scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, "ap_after_cut": ap_after_cut}
+    per_class = {f"ap_{name}": ap for name, ap in result.per_class.items()}
+    return {"epoch": epoch, **losses, "macs": macs, **scores, "lr": lr, "seconds": seconds, **per_class}
+
+
 def comparison(
     entries: dict[str, dict[str, Any] | None], reference: str | None = None
 ) -> tuple[tuple[str, ...], list[list[str | None]]]:
@@ -101,7 +147,7 @@ def comparison(
 
     Args:
         entries: entries of a summary, by the title of their row.
-        reference: the title of the teacher, whose AP the others are compared with; no such column without it.
+        reference: the title of the teacher whose AP the others are compared with; no such column without it.
     """
     teacher = entries.get(reference)
     rows = []

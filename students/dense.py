@@ -122,6 +122,10 @@ class DenseDetector(Detector):
         return (self.head.class_logits, self.head.box_distances)
 
     @property
+    def class_layers(self) -> tuple[nn.Conv2d, ...]:
+        return (self.head.class_logits,)
+
+    @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist())
 

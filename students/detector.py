@@ -34,6 +34,10 @@ class DenseOutput(NamedTuple):
     box_distances: tuple[Tensor, ...]
     box_logits: tuple[Tensor, ...] = ()
 
+    def of_images(self, part: slice) -> "DenseOutput":
+        """The same of some of the batch's images."""
+        return DenseOutput(*(tuple(level[part] for level in levels) for levels in self))
+
 
 @dataclass
 class Detections:
@@ -59,6 +63,7 @@ class Detector(nn.Module, ABC):
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
         anchors: predictions that a dense head makes at each location; 0 for a detector without one.
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
+        unknown: labels that it never gives, as it has learnt other classes; see `teachers.speak`.
     """
 
     class_names: list[str]
@@ -66,6 +71,7 @@ class Detector(nn.Module, ABC):
     plans: list[Plan]
     anchors: int = 0
     box_bins: int = 0
+    unknown: tuple[int, ...] = ()
 
     @abstractmethod
     def forward(self, images: Tensor) -> DenseOutput:
@@ -108,6 +114,11 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def output_layers(self) -> tuple[nn.Module, ...]:
         """The layers whose outputs mean something by position (class scores, box edges); no pruner may narrow them."""
+
+    @property
+    def class_layers(self) -> tuple[nn.Conv2d, ...]:
+        """Those of them whose outputs are class logits; none where a family cannot be given other classes."""
+        return ()
 
     @property
     @abstractmethod

@@ -1,7 +1,18 @@
 """Teachers: detectors that are frozen and only asked."""
 
+from teachers.classes import hide_classes, speak
 from teachers.frozen import PRECISIONS, Teacher, freeze
 from teachers.inherit import inherit
+from teachers.labels import label_images
 from teachers.scaled import ScaledDetector
 
-__all__ = ["PRECISIONS", "ScaledDetector", "Teacher", "freeze", "inherit"]
+__all__ = [
+    "PRECISIONS",
+    "ScaledDetector",
+    "Teacher",
+    "freeze",
+    "hide_classes",
+    "inherit",
+    "label_images",
+    "speak",
+]

@@ -23,8 +23,11 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
         For each part the parameters taken, and how many it has.
 
     Raises:
-        ValueError: the student has no such part, or nothing fits.
+        ValueError: the student has no such part, nothing fits, or there are classes that the teacher does not know.
     """
+    if teacher.unknown:
+        names = ", ".join(teacher.class_names[label] for label in teacher.unknown)
+        raise ValueError(f"inherit: the teacher does not know {names}, and a student could not learn it from there on")
     taken = {}
     for part in parts:
         module = getattr(student, part, None)

@@ -24,7 +24,7 @@ class ScaledDetector(Detector):
     def __init__(self, detector: Detector, scale: float):
         super().__init__()
         self.detector, self.scale = detector, scale
-        self.anchors, self.box_bins = detector.anchors, detector.box_bins
+        self.anchors, self.box_bins, self.unknown = detector.anchors, detector.box_bins, detector.unknown
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for is the detector's: its classes, its recipe, its parts."""

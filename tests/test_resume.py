@@ -23,9 +23,9 @@ def interrupt(monkeypatch):
     def at(epoch, while_distilling):
         original, done = train.train_epoch, []
 
-        def train_epoch(trained, unit, teacher, *arguments, **keywords):
-            losses = original(trained, unit, teacher, *arguments, **keywords)
-            if (teacher is not None) == while_distilling:
+        def train_epoch(run, *arguments):
+            losses = original(run, *arguments)
+            if bool(run.teachers) == while_distilling:
                 done.append(losses)
                 if len(done) == epoch:
                     monkeypatch.setattr(train, "train_epoch", original)

@@ -129,7 +129,50 @@ def teacher(build_tiny, tmp_path):
 
 
 def test_teacher_of_other_classes(refused, teacher):
-    refused(f"teacher.path={teacher}", parts=["teacher.path: ", "knows 2 classes, a, b; the student has 8, disc, "])
+    unlike = "losses.box.name: box_mimic goes by class scores, and its teacher knows none of the student's 8"
+    refused(f"teacher.path={teacher}", parts=[unlike, "disc, ", "in its class_map"])
+    refused(
+        f"teacher.path={teacher}",
+        "teacher.class_map={c: disc}",
+        parts=["teacher.class_map: it has no class 'c'", "a, b"],
+    )
+    refused(
+        f"teacher.path={teacher}",
+        "teacher.class_map={a: disk}",
+        parts=["teacher.class_map.a: 'disk' is not a class of the student (did you mean 'disc'?)"],
+    )
+
+
+def test_several_teachers(refused, settings):
+    one = settings.pop("teacher")
+    settings["teachers"] = {"big": one, "small": one}
+    refused(parts=["losses.box.teacher: is missing; say whose loss it is: big, small"])
+    for loss in settings["losses"].values():
+        loss["teacher"] = "big"
+    refused("losses.box.teacher=bigg", parts=["losses.box.teacher: found 'bigg'; there is big, small"])
+    refused("teacher={path: x}", parts=["teacher and teachers are both given; name them all under teachers"])
+    refused("teachers.a/b={path: x}", parts=["teachers.a/b: is no name; give letters, digits, - and _"])
+    refused("teachers.big.detector.chanels=8", parts=["did you mean teachers.big.detector.channels?"])
+    refused("teachers.small.path=nowhere", parts=["teachers.small.path: nowhere: is no detector folder"])
+
+
+def test_unlabelled_images(refused, settings, scenes, tmp_path):
+    settings["data"]["unlabelled"] = {"root": str(tmp_path / "images")}
+    refused(parts=["data.unlabelled.root: ", "images does not exist; give a folder of images"])
+    (tmp_path / "images").mkdir()
+    refused(parts=["data.unlabelled.root: ", "images has no images; looked for .jpg, "])
+    (tmp_path / "images/a.jpg").write_bytes(b"no image")
+    refused(parts=["a.jpg: cannot be read as an image", "data.unreadable=skip"])
+    root = f"data.unlabelled.root={scenes}/images/val"
+    refused(root, "data.unlabelled.ratio=1.0", parts=["data.unlabelled.ratio: found 1; it goes from 0.01 to 0.99"])
+    refused(root, "data.unlabelled.split=vall", parts=["data.unlabelled.root: no annotations found in"])
+    refused(f"data.unlabelled={{root: {scenes}, split: vall}}", parts=["data.unlabelled: ", "did you mean 'val'?"])
+    refused(root, "losses={}", parts=["data.unlabelled is given but no losses", "add a teacher and losses"])
+    refused(root, "data.train=null", parts=["teacher: cannot be trained first without labelled images"])
+    refused(
+        root, "data.train=null", "teacher.path=x", parts=["balance: gradient goes by the task's gradient", "say none"]
+    )
+    refused("data.train=null", "data.unlabelled=null", parts=["data: train is null and there are no unlabelled images"])
 
 
 def test_teacher_folder_that_is_none(refused, tmp_path):

@@ -5,14 +5,15 @@ from distill.data.dataset import (
     Batch,
     DetectionDataset,
     ImageMeta,
+    MixedDataset,
     build_loader,
     collate_samples,
     set_epoch,
     to_original,
 )
 from distill.data.images import UnreadableImageError
-from distill.data.index import DetectionIndex, IndexNotes, open_index
-from distill.data.sampler import EpochSampler
+from distill.data.index import DetectionIndex, IndexNotes, open_index, open_unlabelled
+from distill.data.sampler import EpochSampler, MixedSampler
 
 __all__ = [
     "Augmentation",
@@ -22,12 +23,15 @@ __all__ = [
     "EpochSampler",
     "ImageMeta",
     "IndexNotes",
+    "MixedDataset",
+    "MixedSampler",
     "UnreadableImageError",
     "build_augmentation",
     "build_loader",
     "build_resize",
     "collate_samples",
     "open_index",
+    "open_unlabelled",
     "set_epoch",
     "to_original",
 ]

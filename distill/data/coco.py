@@ -41,16 +41,13 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
     except (KeyError, TypeError) as error:
         raise UserError(f"{source}: an entry of 'categories' needs 'id' and 'name' ({error})") from error
 
-    files, image_of_id = [], {}
+    files, image_of_id = _read_files(content, source), {}
     for position, image in enumerate(content["images"]):
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-            raise UserError(f"{source}: images[{position}] has no 'file_name'")
         if type(image.get("id")) is not int:
             raise UserError(f"{source}: images[{position}].id is {image.get('id')!r}; a whole number is needed")
         if image["id"] in image_of_id:
             raise UserError(f"{source}: images[{position}].id {image['id']} occurs twice; ids must be unique")
         image_of_id[image["id"]] = position
-        files.append(image["file_name"])
 
     rows = [
         _read_box(annotation, image_of_id, label_of_id, f"{source}: annotations[{position}]")
@@ -66,14 +63,31 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
     )
 
 
-def _load(source: Path) -> dict:
+def list_images(root: Path, split: str, source: Path) -> tuple[Path, list[str]]:
+    """The image root and the files of a split, whether or not it has annotations.
+
+    Raises:
+        UserError: the file is not valid json, or an entry of 'images' lacks its file.
+    """
+    files = _read_files(_load(source, needed=("images",)), source)
+    return _find_images(root, split, source, files), files
+
+
+def _read_files(content: dict, source: Path) -> list[str]:
+    for position, image in enumerate(content["images"]):
+        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+            raise UserError(f"{source}: images[{position}] has no 'file_name'")
+    return [image["file_name"] for image in content["images"]]
+
+
+def _load(source: Path, needed: tuple[str, ...] = ("images", "annotations", "categories")) -> dict:
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: line {error.lineno}: not valid JSON: {error.msg}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read as JSON ({error})") from error
-    for key in ("images", "annotations", "categories"):
+    for key in needed:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{source}: no list '{key}'; a COCO file has images, annotations and categories")
     return content

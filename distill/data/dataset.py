@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from distill.data.augment import Augmentation
 from distill.data.images import UnreadableImageError, read_image
 from distill.data.index import DetectionIndex
-from distill.data.sampler import Address, EpochSampler
+from distill.data.sampler import (
+    Address,
+    EpochSampler,
+    MixedAddress,
+    MixedSampler,
+    mixed_length,
+    mixed_places,
+)
 from distill.errors import UserError
 
 
@@ -43,11 +51,11 @@ class ImageMeta:
 
 
 class Sample(NamedTuple):
-    """One image: (H, W, 3) uint8; boxes (N, 4) float32 xyxy input pixels; labels (N,) int64."""
+    """One image: (H, W, 3) uint8; boxes (N, 4) float32 xyxy input pixels; labels (N,) int64; None if unlabelled."""
 
     image: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
+    boxes: np.ndarray | None
+    labels: np.ndarray | None
     meta: ImageMeta
 
 
@@ -56,13 +64,14 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, 3, H, W) float32 RGB in [0, 1].
-        targets: one dict an image: `boxes` (N, 4) float32 xyxy in input pixels, `labels` (N,) int64.
+        targets: one dict an image: `boxes` (N, 4) float32 xyxy in input pixels, `labels` (N,) int64. None where the
+            image is unlabelled; such images come last.
         metas: one an image.
         unreadable: files that were left out.
     """
 
     images: Tensor
-    targets: list[dict[str, Tensor]]
+    targets: list[dict[str, Tensor] | None]
     metas: list[ImageMeta]
     unreadable: list[str]
 
@@ -124,7 +133,16 @@ class DetectionDataset(Dataset):
             offset=view.offset,
             valid_size=view.valid_size,
         )
-        return Sample(view.image, view.boxes, view.labels, meta)
+        truth = (view.boxes, view.labels) if index.labelled else (None, None)
+        return Sample(view.image, *truth, meta)
+
+    def sampler(self, shuffle: bool, seed: int) -> EpochSampler:
+        """An order of its addresses."""
+        return EpochSampler(len(self), shuffle, seed)
+
+    def spread(self, number: int) -> list[Address]:
+        """Addresses in epoch 0 that lie evenly over all images, the same for every call."""
+        return [(i * len(self) // number, 0) for i in range(number)]
 
     def _read(self, position: int, original_size: tuple[int, int]) -> np.ndarray:
         path = self.index.path(position)
@@ -138,6 +156,38 @@ class DetectionDataset(Dataset):
         return image
 
 
+class MixedDataset(Dataset):
+    """Labelled and unlabelled images in a fixed ratio.
+
+    Args:
+        labelled: the labelled ones; an epoch sees each once.
+        unlabelled: the others.
+        ratio: share of unlabelled images, above 0 and below 1.
+    """
+
+    def __init__(self, labelled: DetectionDataset, unlabelled: DetectionDataset, ratio: float):
+        self.sources = labelled, unlabelled
+        self.ratio = Fraction(ratio).limit_denominator(1000)  # so that a third is a third at every place
+        self.transform = labelled.transform
+
+    def __len__(self) -> int:
+        return mixed_length(len(self.sources[0]), self.ratio)
+
+    def __getitem__(self, address: MixedAddress) -> Sample | str:
+        source, position, epoch = address
+        return self.sources[source][position, epoch]
+
+    def sampler(self, shuffle: bool, seed: int) -> MixedSampler:
+        """An order of its addresses."""
+        return MixedSampler(*map(len, self.sources), self.ratio, shuffle, seed)
+
+    def spread(self, number: int) -> list[MixedAddress]:
+        """Addresses in epoch 0, mixed as in training, that lie evenly over both kinds; the same for every call."""
+        places = mixed_places(number, self.ratio)
+        found = [iter(source.spread(places.count(kind))) for kind, source in enumerate(self.sources)]
+        return [(kind, *next(found[kind])) for kind in places]
+
+
 def collate_samples(samples: Sequence[Sample | str], image_size: tuple[int, int]) -> Batch:
     """Gathers what a dataset gave into a batch.
 
@@ -146,16 +196,23 @@ def collate_samples(samples: Sequence[Sample | str], image_size: tuple[int, int]
         image_size: (height, width) of every image, so that a batch without images has a shape too.
     """
     kept = [sample for sample in samples if isinstance(sample, Sample)]
+    kept.sort(key=lambda sample: sample.boxes is None)  # stable
     # channels last is how images lie on disk and how convolutions run fastest, on CPU and GPU alike
     images = torch.empty(len(kept), 3, *image_size, memory_format=torch.channels_last)
     for image, sample in zip(images, kept):
         image.copy_(torch.from_numpy(sample.image).permute(2, 0, 1))
     return Batch(
         images=images.div_(255),
-        targets=[{"boxes": torch.from_numpy(s.boxes), "labels": torch.from_numpy(s.labels)} for s in kept],
+        targets=[_target(sample) for sample in kept],
         metas=[sample.meta for sample in kept],
         unreadable=[sample for sample in samples if isinstance(sample, str)],
     )
+
+
+def _target(sample: Sample) -> dict[str, Tensor] | None:
+    if sample.boxes is None:
+        return None
+    return {"boxes": torch.from_numpy(sample.boxes), "labels": torch.from_numpy(sample.labels)}
 
 
 def to_original(boxes: Tensor, meta: ImageMeta) -> Tensor:
@@ -174,7 +231,7 @@ def to_original(boxes: Tensor, meta: ImageMeta) -> Tensor:
 
 
 def build_loader(
-    dataset: DetectionDataset,
+    dataset: DetectionDataset | MixedDataset,
     batch_size: int,
     *,
     workers: int = 0,
@@ -194,7 +251,7 @@ def build_loader(
     """
     return DataLoader(
         dataset,
-        batch_sampler=BatchSampler(EpochSampler(len(dataset), shuffle, seed), batch_size, drop_last),
+        batch_sampler=BatchSampler(dataset.sampler(shuffle, seed), batch_size, drop_last),
         collate_fn=partial(collate_samples, image_size=dataset.transform.image_size),
         num_workers=workers,
         worker_init_fn=_start_worker,

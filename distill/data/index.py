@@ -3,14 +3,14 @@
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
 from distill.data import coco, voc, yolo
-from distill.data.annotations import Annotations
+from distill.data.annotations import IMAGE_SUFFIXES, Annotations, collect_annotations
 from distill.data.images import UnreadableImageError, read_size
 from distill.errors import UserError
 
@@ -61,8 +61,9 @@ class DetectionIndex:
         ignored: (M,) bool; left out of training targets, neither hit nor miss in evaluation (crowd, difficult).
         offsets: (N + 1,) int64; boxes of image i are `offsets[i]:offsets[i + 1]`.
         notes: what was mended.
-        format: COCO, VOC or YOLO.
-        split: name of the split.
+        format: COCO, VOC or YOLO; or 'folder'.
+        split: name of the split; of a folder, its own.
+        labelled: False where nobody has looked for objects; then there are no boxes, and that means nothing.
     """
 
     class_names: tuple[str, ...]
@@ -77,6 +78,7 @@ class DetectionIndex:
     notes: IndexNotes
     format: str
     split: str
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.files)
@@ -172,10 +174,52 @@ def open_index(
     return _assemble(annotations, labels, sizes, skipped, class_names, reader.NAME, split)
 
 
-def _find_split(root: Path, split: str) -> tuple[ModuleType, Path]:
+def open_unlabelled(
+    root: str | os.PathLike, split: str | None, class_names: Sequence[str], unreadable: str = "error"
+) -> DetectionIndex:
+    """The images of a folder and those below it, or of one split of a data set, whose annotations are not looked at.
+
+    Args:
+        root: a folder of images; with `split`, of a data set.
+        split: name of the split, which need not have annotations; None takes every image there is.
+        class_names: those of the labelled images that it goes with.
+        unreadable: as in `open_index`.
+
+    Raises:
+        UserError: no folder, no image, or one that cannot be read.
+    """
+    root = Path(root)
+    if split is not None:
+        reader, source = _find_split(root, split, "data.unlabelled")
+        image_root, files = reader.list_images(root, split, source)
+        format = reader.NAME
+    else:
+        _check_folder(root, "data.unlabelled", "a folder of images")
+        found = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(str(path.relative_to(root)) for path in found if not path.name.startswith("."))
+        image_root, source, format, split = root, root, "folder", root.name
+    if not files:
+        raise UserError(
+            f"data.unlabelled.root: {source} has no images; looked for {', '.join(IMAGE_SUFFIXES)}, also further down"
+        )
+    annotations = collect_annotations(
+        (), class_names=[], image_root=image_root, files=files, sources=[source] * len(files)
+    )
+    sizes, skipped = _read_sizes(annotations, unreadable)
+    if not sizes:
+        raise UserError(f"data.unlabelled.root: {source}: all {len(skipped)} images were skipped; mend them")
+    index = _assemble(annotations, annotations.labels, sizes, skipped, tuple(class_names), format, split)
+    return replace(index, labelled=False)
+
+
+def _check_folder(root: Path, key: str, needed: str) -> None:
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"data.root: {root} {found}; give the folder of a data set")
+        raise UserError(f"{key}.root: {root} {found}; give {needed}")
+
+
+def _find_split(root: Path, split: str, key: str = "data") -> tuple[ModuleType, Path]:
+    _check_folder(root, key, "the folder of a data set")
     available = {}
     for reader in FORMATS:
         splits = reader.find_splits(root)
@@ -184,10 +228,10 @@ def _find_split(root: Path, split: str) -> tuple[ModuleType, Path]:
         available |= splits
     if available:
         raise UserError(
-            f"data: {root} has no split {split!r}{_nearest(split, available)}; it has {', '.join(available)}"
+            f"{key}: {root} has no split {split!r}{_nearest(split, available)}; it has {', '.join(available)}"
         )
     layouts = "; ".join(f"{reader.NAME}: {reader.LAYOUT}" for reader in FORMATS)
-    raise UserError(f"data.root: no annotations found in {root}; looked for {layouts}")
+    raise UserError(f"{key}.root: no annotations found in {root}; looked for {layouts}")
 
 
 def _match_classes(

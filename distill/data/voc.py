@@ -30,7 +30,7 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
     Raises:
         UserError: an xml file is missing, malformed or lacks a field.
     """
-    names = [line.strip() for line in read_text(source).splitlines() if line.strip()]
+    names = _read_names(source)
     folder = root / "Annotations"
     missing = next((name for name in names if not (folder / f"{name}.xml").is_file()), None)
     if missing is not None:
@@ -42,9 +42,7 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
     class_names = sorted({name for found in objects.values() for name, _, _ in found})
     label_of = {name: label for label, name in enumerate(class_names)}
 
-    images = root / "JPEGImages"
-    found = sorted(images.iterdir()) if images.is_dir() else []
-    file_of = {path.stem: path.name for path in found if path.suffix.lower() in IMAGE_SUFFIXES}
+    images, files = list_images(root, split, source)
     return collect_annotations(
         (
             (image, label_of[label], box, difficult)
@@ -53,9 +51,22 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
         ),
         class_names=class_names,
         image_root=images,
-        files=[file_of.get(name, f"{name}.jpg") for name in names],
+        files=files,
         sources=[folder / f"{name}.xml" for name in names],
     )
+
+
+def list_images(root: Path, split: str, source: Path) -> tuple[Path, list[str]]:
+    """The image root and the files of a split, whether or not it has annotations."""
+    images = root / "JPEGImages"
+    found = sorted(images.iterdir()) if images.is_dir() else []
+    file_of = {path.stem: path.name for path in found if path.suffix.lower() in IMAGE_SUFFIXES}
+    return images, [file_of.get(name, f"{name}.jpg") for name in _read_names(source)]
+
+
+def _read_names(source: Path) -> list[str]:
+    """The names that a split's list has, one a line."""
+    return [line.strip() for line in read_text(source).splitlines() if line.strip()]
 
 
 def _read_objects(path: Path) -> list[tuple[str, tuple[float, float, float, float], bool]]:

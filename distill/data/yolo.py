@@ -36,7 +36,7 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
     """
     content = _load(source)
     class_names = _read_names(source, content["names"])
-    images = [image for entry in _as_paths(content[split]) for image in _list_images(source, content, split, entry)]
+    images = _images_of(source, content, split)
     sources = [_label_file(image) for image in images]
     rows = [
         (position, label, box, False)
@@ -51,6 +51,15 @@ def read_split(root: Path, split: str, source: Path) -> Annotations:
         sources=sources,
         fractional=True,
     )
+
+
+def list_images(root: Path, split: str, source: Path) -> tuple[Path, list[str]]:
+    """The image root and the files of a split, whether or not it has annotations.
+
+    Raises:
+        UserError: a folder is missing.
+    """
+    return root, [os.path.relpath(image, root) for image in _images_of(source, _load(source), split)]
 
 
 def _load(path: Path) -> dict:
@@ -75,6 +84,10 @@ def _read_names(source: Path, names: object) -> list[str]:
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         return [str(names[index]) for index in range(len(names))]
     raise UserError(f"{source}: names is {names!r}; a list, or a mapping from 0, 1, 2, ... to names, is needed")
+
+
+def _images_of(source: Path, content: dict, split: str) -> list[Path]:
+    return [image for entry in _as_paths(content[split]) for image in _list_images(source, content, split, entry)]
 
 
 def _list_images(source: Path, content: dict, split: str, entry: str) -> list[Path]:

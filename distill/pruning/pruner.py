@@ -108,7 +108,7 @@ class Pruner:
                 f"pruning.sensitivity: the file says nothing of {unknown[0]} ({len(unknown)} of {len(groups)} groups "
                 "are missing); scan this student anew with python -m distill.sensitivity"
             )
-        self._scores(unit, groups, self._measure(unit, groups, None, ()))
+        self._scores(unit, groups, self._measure(unit, groups, {}, ()))
         if least > self.target:
             named = [key for key in ("floor", "keep", "limits") if getattr(self.limits, key)]
             held = any(isinstance(layer, ChannelSelection) for layer in unit.output_layers)
@@ -119,15 +119,15 @@ class Pruner:
                 f"{', or choose another adapter than identity, which holds the pyramid at its width' if held else ''}"
             )
 
-    def measure(self, unit: Distiller, teacher: Teacher | None, batches: Iterable[Batch]) -> Evidence | None:
+    def measure(self, unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Evidence | None:
         """What the importance goes by, where weights do not say it all; every rank must be given the same batches.
 
         Args:
             unit: the student with its terms.
-            teacher: where the unit has terms.
+            teachers: those of its terms, by name.
             batches: of training images; none is drawn where nothing needs to be measured.
         """
-        return self._measure(unit, find_groups(unit, self.image_size), teacher, batches)
+        return self._measure(unit, find_groups(unit, self.image_size), teachers, batches)
 
     def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None) -> Plan:
         """The cut that is due before an epoch; empty if the student is small enough already. After `check`.
@@ -169,13 +169,13 @@ class Pruner:
         return Cost(unit, self.budget, self.image_size, self.device)
 
     def _measure(
-        self, unit: Distiller, groups: list[ChannelGroup], teacher: Teacher | None, batches: Iterable[Batch]
+        self, unit: Distiller, groups: list[ChannelGroup], teachers: Mapping[str, Teacher], batches: Iterable[Batch]
     ) -> Evidence | None:
         if self.importance.measure is None:
             return None
         try:
             return self.importance.measure(
-                unit, groups, batches, lambda batch: trained_loss(unit, teacher, batch, self.knowledge)
+                unit, groups, batches, lambda batch: trained_loss(unit, teachers, batch, self.knowledge)
             )
         except ValueError as error:
             raise UserError(f"pruning.importance: {error}") from error

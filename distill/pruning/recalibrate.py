@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from distill.data import Batch, DetectionDataset, collate_samples
+from distill.data import Batch, DetectionDataset, MixedDataset, collate_samples
 from distill.measure import eval_mode
 
 
@@ -44,14 +44,14 @@ def _cumulative(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
 
 
 def calibration_batches(
-    dataset: DetectionDataset, batch_size: int, device: torch.device, number: int = 8
+    dataset: DetectionDataset | MixedDataset, batch_size: int, device: torch.device, number: int = 8
 ) -> Iterator[Batch]:
     """Batches of training images spread evenly over the data set, the same for every call and rank."""
     batch_size = min(batch_size, len(dataset))
     wanted = batch_size * min(len(dataset) // batch_size, number)  # whole batches only: one image has poor statistics
-    positions = [i * len(dataset) // wanted for i in range(wanted)]
+    addresses = dataset.spread(wanted)
     for first in range(0, wanted, batch_size):
-        samples = [dataset[(position, 0)] for position in positions[first : first + batch_size]]
+        samples = [dataset[address] for address in addresses[first : first + batch_size]]
         batch = collate_samples(samples, dataset.transform.image_size)
         if len(batch.images):
             yield batch._replace(images=batch.images.to(device))

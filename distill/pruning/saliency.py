@@ -1,6 +1,6 @@
 """What each parameter adds to the loss, seen to first order."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,18 +12,18 @@ from distill.pruning.graph import ChannelGroup
 from teachers import Teacher
 
 
-def trained_loss(unit: Distiller, teacher: Teacher | None, batch: Batch, knowledge: bool = True) -> Tensor:
+def trained_loss(unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, knowledge: bool = True) -> Tensor:
     """The loss of a batch as training has it: the task with all knowledge terms as they are weighted at present.
 
     Args:
         unit: the student with its terms.
-        teacher: where the unit has terms.
+        teachers: those of its terms, by name.
         batch: of training images.
         knowledge: False leaves the task alone.
     """
     if not knowledge or not unit.terms:
-        return sum(unit.student.loss(unit.student(batch.images), batch.targets).values())
-    return unit(batch.images, batch.targets, teacher(batch.images))[0]
+        return unit.task_loss(unit.student(batch.images), batch.targets)
+    return unit(batch.images, batch.targets, unit.ask(teachers, batch.images, batch.targets))[0]
 
 
 def measure_saliency(

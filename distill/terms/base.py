@@ -87,12 +87,16 @@ class KnowledgeTerm(nn.Module, ABC):
 
     Attributes:
         interpolates: whether levels of unlike stride may meet; sound for maps, not for what is said of each location.
+        uses_classes: whether it goes by the teacher's class scores, which must be of classes that the student has.
+        uses_boxes: whether it goes by the ground truth's boxes; where there are none, a teacher's detections stand in.
         pairs: (student level, teacher level).
         pairing: the same in words; empty where levels do not matter.
         level_names: the pairs' names, such as P3.
     """
 
     interpolates: ClassVar[bool] = False
+    uses_classes: ClassVar[bool] = False
+    uses_boxes: ClassVar[bool] = False
 
     def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None):
         super().__init__()
@@ -112,7 +116,7 @@ class KnowledgeTerm(nn.Module, ABC):
         Args:
             student: what the student made of a batch.
             teacher: what the teacher made of the same images.
-            targets: the batch's ground truth, see `Detector.loss`.
+            targets: the batch's ground truth, see `Detector.loss`; of images without it, see `Lesson.targets`.
             image_size: height and width of the batch, pixels.
         """
 

@@ -36,6 +36,8 @@ class CrossKDTerm(KnowledgeTerm):
         ValueError: no dense heads of one kind, or a depth that one of them does not have.
     """
 
+    uses_classes = True
+
     def __init__(
         self,
         student: Detector,

@@ -26,12 +26,16 @@ class PKDTerm(FeatureTerm):
 class ScoreWeightedMimicTerm(FeatureTerm):
     """See `losses.score_weighted_mimic`; the weights are the teacher's highest class scores."""
 
+    uses_classes = True
+
     def level_loss(self, level: Level) -> Tensor:
         return score_weighted_mimic(level.student, level.teacher, best_scores(level.teacher_logits))
 
 
 class MaskedMimicTerm(FeatureTerm):
     """See `losses.masked_mimic`; the mask is where the ground truth has boxes."""
+
+    uses_boxes = True
 
     def level_loss(self, level: Level) -> Tensor:
         mask = foreground_mask(level.boxes, level.image_size, tuple(level.student.shape[2:]))
@@ -62,6 +66,8 @@ class MGDTerm(FeatureTerm):
 
 class FGDTerm(FeatureTerm):
     """See `losses.FGD`; each level has relation blocks of its own."""
+
+    uses_boxes = True
 
     def __init__(self, student: Detector, teacher: Detector, *arguments, **settings):
         super().__init__(student, teacher, *arguments, **settings)

@@ -31,6 +31,8 @@ class LDTerm(KnowledgeTerm):
         ValueError: no distributions, or unlike numbers of bins.
     """
 
+    uses_boxes = True
+
     def __init__(
         self,
         student: Detector,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from distill.terms.base import KnowledgeTerm, Targets
 from students import DenseOutput, Detector
+from teachers import label_images
 
 
 class PseudoLabelTerm(KnowledgeTerm):
@@ -24,6 +25,8 @@ class PseudoLabelTerm(KnowledgeTerm):
     Raises:
         ValueError: `levels` are given.
     """
+
+    uses_classes = True
 
     def __init__(
         self,
@@ -47,9 +50,4 @@ class PseudoLabelTerm(KnowledgeTerm):
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
     ) -> Tensor:
         learner, expert = self._detectors
-        detections = expert.decode(teacher, [image_size] * len(targets))
-        labels = []
-        for found in detections:
-            keep = found.scores >= self.score_threshold
-            labels.append({"boxes": found.boxes[keep], "labels": found.labels[keep], "scores": found.scores[keep]})
-        return sum(learner.loss(student, labels).values())
+        return sum(learner.loss(student, label_images(expert, teacher, image_size, self.score_threshold)).values())

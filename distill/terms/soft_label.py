@@ -23,6 +23,8 @@ class DenseSigmoidTerm(KnowledgeTerm):
         ValueError: heads that do not make equally many predictions at each location.
     """
 
+    uses_classes = True
+
     def __init__(
         self,
         student: Detector,
@@ -55,6 +57,8 @@ class BoxMimicTerm(KnowledgeTerm):
     Raises:
         ValueError: heads that do not make equally many predictions at each location.
     """
+
+    uses_classes = True
 
     def __init__(
         self,

@@ -3,7 +3,7 @@ import re
 import pytest
 import yaml
 
-from distill.config import check_config, load_config
+from distill.config import check_config, load_config, override, read_yaml
 from distill.errors import UserError
 
 
@@ -43,6 +43,13 @@ def test_overrides_reach_any_depth(write):
     assert config.pruning is None
     assert config.data.class_map == {"disc": None}
     assert load_config(write()).data.image_size == (64, 64)
+
+
+def test_an_override_changes_one_of_two_that_share_a_section(write):
+    path = write("teachers:\n  big: &one {path: a}\n  small: *one\n")
+    assert override(read_yaml(path), ["teachers.small.path=b"]) == {
+        "teachers": {"big": {"path": "a"}, "small": {"path": "b"}}
+    }
 
 
 @pytest.mark.parametrize(
@@ -106,6 +113,18 @@ def test_overrides_that_are_none(write, override, message):
         ),
         ("teacher.image_size=[64]", "teacher.image_size: found [64]; give [height, width] in pixels, or one number"),
         ("teacher=null", "losses are given but no teacher; add a teacher section, or remove losses"),
+        (
+            "teacher.class_map={a: b}",
+            "teacher: class_map is for a teacher from a path; one that is trained first has the",
+        ),
+        ("teachers.big={path: x}", "teacher and teachers are both given; name them all under teachers (teacher=null)"),
+        ("losses.box.teacher=big", "losses.box.teacher: found 'big'; there is teacher"),
+        (
+            "data.unlabelled={ratio: 0.5}",
+            "data.unlabelled.root: is missing; add it, or give data.unlabelled.root=VALUE",
+        ),
+        ("data.unlabelled={root: x, ratio: 0}", "data.unlabelled.ratio: found 0; it goes from 0.01 to 0.99"),
+        ("data.train=null", "data: train is null and there are no unlabelled images; name a split"),
         (
             "teacher.train=null",
             "teacher: give path, the folder of a trained detector, or both detector and train to train it first",

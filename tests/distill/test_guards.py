@@ -7,7 +7,7 @@ from distill.combiner import Combiner
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.errors import UserError
-from distill.guards import check_losses, check_terms, check_unchanged, fingerprint
+from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.terms import AttentionTransferTerm, KnowledgeTerm, MGDTerm, PKDTerm
 from teachers import Teacher
 
@@ -36,76 +36,89 @@ def make(build_tiny):
     def make(kind, weight=1.0, **settings):
         student, teacher = build_tiny(), build_tiny(seed=1, channels=24)
         unit = Distiller(student, {"it": kind(student, teacher)}, Combiner({"it": weight}), **settings)
-        return unit.train(), Teacher(teacher)
+        return unit.train(), {"teacher": Teacher(teacher)}
 
     return make
 
 
 def test_a_term_that_teaches_passes_and_nothing_changes(make, batch):
-    unit, teacher = make(MGDTerm, 1e-4)
+    unit, teachers = make(MGDTerm, 1e-4)
     unit.student.neck.eval()
-    before, untouched = fingerprint(unit), fingerprint(teacher.detector)
+    before, untouched = fingerprint(unit), fingerprint(teachers["teacher"].detector)
     torch.manual_seed(5)
-    check_terms(unit, teacher, batch, dominates=100.0)
+    check_terms(unit, teachers, batch, dominates=100.0)
     drawn = torch.rand(1)
     assert drawn == torch.rand(1, generator=torch.Generator().manual_seed(5))
     assert fingerprint(unit) == before and unit.training and not unit.student.neck.training
     assert all(p.grad is None for p in unit.parameters())
-    check_unchanged(teacher, untouched)
+    check_unchanged(teachers, {"teacher": untouched})
 
 
 def test_a_term_without_gradient_is_named(make, batch):
-    unit, teacher = make(Silent)
+    unit, teachers = make(Silent)
     with pytest.raises(UserError, match=r"losses.it: gives the student no gradient, so it teaches nothing"):
-        check_terms(unit, teacher, batch, 100.0)
+        check_terms(unit, teachers, batch, 100.0)
     unit.combiner.weights["it"] = 0.0
-    check_terms(unit, teacher, batch, 100.0)  # what counts nothing is nobody's problem
-    unit, teacher = make(Broken)
+    check_terms(unit, teachers, batch, 100.0)  # what counts nothing is nobody's problem
+    unit, teachers = make(Broken)
     with pytest.raises(UserError, match=r"losses.it: gives the student a gradient that is no number"):
-        check_terms(unit, teacher, batch, 100.0)
+        check_terms(unit, teachers, batch, 100.0)
 
 
 def test_a_term_that_dominates_is_named_with_a_weight_that_fits(make, batch):
-    unit, teacher = make(PKDTerm, 1e6)
-    [line] = check_terms(unit, teacher, batch, 100.0)
+    unit, teachers = make(PKDTerm, 1e6)
+    [line] = check_terms(unit, teachers, batch, 100.0)
     assert re.match(r"losses.it: its gradient is \d+ times the task's, .* below ", line)
     fitting = float(line.partition("below ")[2].partition(",")[0])
     unit.combiner.weights["it"] = 0.9 * fitting
-    assert check_terms(unit, teacher, batch, 100.0) == []
+    assert check_terms(unit, teachers, batch, 100.0) == []
     # as a share of the task's gradient it is what it says
     unit.combiner = Combiner({"it": 0.5}, balance="gradient")
-    assert check_terms(unit, teacher, batch, 100.0) == []
+    assert check_terms(unit, teachers, batch, 100.0) == []
 
 
 def test_a_teacher_that_learns_is_named(make, batch):
-    unit, teacher = make(AttentionTransferTerm)
-    untouched = fingerprint(teacher.detector)
-    next(teacher.detector.parameters()).requires_grad_(True)
+    unit, teachers = make(AttentionTransferTerm)
+    untouched = fingerprint(teachers["teacher"].detector)
+    next(teachers["teacher"].detector.parameters()).requires_grad_(True)
     with pytest.raises(UserError, match=r"teacher: backbone.* takes part in training"):
-        check_terms(unit, teacher, batch, 1e9)
+        check_terms(unit, teachers, batch, 1e9)
     with torch.no_grad():
-        next(b for b in teacher.detector.buffers() if b.is_floating_point()).add_(1e-3)
+        next(b for b in teachers["teacher"].detector.buffers() if b.is_floating_point()).add_(1e-3)
     with pytest.raises(UserError, match="teacher: its weights or batch-norm statistics changed"):
-        check_unchanged(teacher, untouched)
+        check_unchanged(teachers, {"teacher": untouched})
 
 
 def test_the_loss_that_went_wrong_first_is_named(make, batch):
-    unit, teacher = make(Broken)
-    taught = teacher(batch.images)
+    unit, teachers = make(Broken)
+    lessons = unit.ask(teachers, batch.images, batch.targets)
     unit.combiner.weights["it"] = 0.0
-    unit(batch.images, batch.targets, taught)
+    unit(batch.images, batch.targets, lessons)
     check_losses(unit)
     unit.combiner.weights["it"] = 1.0
-    unit(batch.images, batch.targets, taught)
-    unit(batch.images * float("nan"), batch.targets, taught)  # by now everything is
+    unit(batch.images, batch.targets, lessons)
+    unit(batch.images * float("nan"), batch.targets, lessons)  # by now everything is
     with pytest.raises(UserError, match=r"losses: it became NaN or infinite in epoch 1; lower losses.it.weight"):
         check_losses(unit)
     check_losses(unit)
 
 
 def test_a_broken_term_can_be_left_out_of_a_step(make, batch, build_tiny):
-    unit, teacher = make(Broken, skip_bad=True)
-    total, parts = unit(batch.images, batch.targets, teacher(batch.images))
+    unit, teachers = make(Broken, skip_bad=True)
+    total, parts = unit(batch.images, batch.targets, unit.ask(teachers, batch.images, batch.targets))
     assert parts["it"] == 0 and total == parts["task"] and total.isfinite()
     assert unit.skipped == {"it": 1}
     check_losses(unit)
+
+
+def test_batches_without_objects_are_passed_over(make, batch, images, targets):
+    unit, teachers = make(PKDTerm)
+    empty, blind = batch._replace(targets=[targets[1]] * 2), batch._replace(targets=[None, None])
+    half = batch._replace(targets=[targets[1], None])
+    assert find_objects(unit, teachers, [empty, half, batch]) is batch
+    assert find_objects(unit, teachers, [empty, half]) is None
+    unit.score_threshold = 1.0
+    assert find_objects(unit, teachers, [blind, batch]) is batch
+    torch.nn.init.constant_(teachers["teacher"].detector.head.class_logits.bias, 1.0)
+    unit.score_threshold = 0.5
+    assert find_objects(unit, teachers, [blind, batch]) is blind

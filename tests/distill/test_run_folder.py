@@ -42,7 +42,7 @@ def test_create_makes_the_layout(tmp_path):
     assert list(run.config) == ["student", "epochs", "lr", "note"]
     assert not run.is_finished and run.summary is None
     paths = (run.config_file, run.results_file, run.summary_file, run.log_file, run.checkpoints, run.student,
-             run.teacher)  # fmt: skip
+             run.teacher())  # fmt: skip
     assert [p.relative_to(tmp_path / "runs" / "x").as_posix() for p in paths] == [
         "config.yaml", "results.csv", "summary.json", "train.log", "checkpoints", "student", "teacher",
     ]  # fmt: skip
@@ -145,7 +145,7 @@ def test_overwrite_removes_what_a_run_owns_and_nothing_else(tmp_path):
     elsewhere.mkdir()
     (elsewhere / "model.safetensors").write_text("linked")
     run.student.symlink_to(elsewhere)
-    run.teacher.symlink_to(tmp_path / "gone")
+    run.teacher().symlink_to(tmp_path / "gone")
     make_run(run.path / TEACHER_RUN, checkpoint=True)
     (run.path / "notes.txt").write_text("mine")
     (run.path / "tensorboard").mkdir()
@@ -161,12 +161,12 @@ def test_overwrite_removes_what_a_run_owns_and_nothing_else(tmp_path):
 
 def test_overwrite_leaves_what_it_is_told_to_keep(tmp_path):
     run = make_run(tmp_path / "x", checkpoint=True)
-    for folder in (run.teacher, run.student):
+    for folder in (run.teacher(), run.student):
         folder.mkdir()
         (folder / "model.safetensors").write_text("weights")
     training = make_run(run.path / TEACHER_RUN, checkpoint=True)
     RunFolder.create(run.path, CONFIG, overwrite=True, keep=["teacher", TEACHER_RUN])
-    assert contents(run.teacher) == {"model.safetensors": "weights"}
+    assert contents(run.teacher()) == {"model.safetensors": "weights"}
     assert (training.checkpoints / "epoch_0003.pt").exists()
     assert not run.student.exists()
 
@@ -177,7 +177,7 @@ def test_a_kept_teacher_alone_does_not_stand_in_the_way(tmp_path):
     with pytest.raises(UserError, match="holds no run but other files"):
         RunFolder.create(tmp_path, CONFIG, overwrite=True)
     run = RunFolder.create(tmp_path, CONFIG, overwrite=False, keep=["teacher"])
-    assert contents(run.teacher) == {"model.safetensors": "weights"}
+    assert contents(run.teacher()) == {"model.safetensors": "weights"}
     RunFolder.create(tmp_path, CONFIG, overwrite=False, keep=["teacher"])  # nothing else has come of that run
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.combiner import Combiner
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Lesson
 from distill.pruning.pruner import Pruner, cut_everywhere
 from distill.terms import (
     TERMS,
@@ -133,7 +133,7 @@ def test_weights_enter_the_sum_and_each_part_is_given(pair, images, targets):
     student, teacher = pair
     unit = Distiller(student, all_terms(student, teacher), weighted(1.0, 2.0, 100.0, 4.0)).eval()
     taught = teacher(images)
-    total, parts = unit(images, targets, taught)
+    total, parts = unit(images, targets, {"teacher": Lesson(taught, targets)})
     output = student(images)
     wanted = {
         "task": sum(student.loss(output, targets).values()),
@@ -152,7 +152,7 @@ def test_weights_enter_the_sum_and_each_part_is_given(pair, images, targets):
 def test_every_parameter_of_the_unit_has_a_gradient(pair, images, targets):
     student, teacher = pair
     unit = Distiller(student, all_terms(student, teacher))
-    unit(images, targets, teacher(images))[0].backward()
+    unit(images, targets, {"teacher": Lesson(teacher(images), targets)})[0].backward()
     assert [name for name, p in unit.named_parameters() if p.grad is None] == []
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -162,7 +162,7 @@ def test_weights_of_zero_are_plain_training(pair, images, targets, build_tiny):
     plain = build_tiny()
     Distiller(plain)(images, targets)[0].backward()
     unit = Distiller(student, all_terms(student, teacher), weighted(0.0, 0.0, 0.0, 0.0))
-    unit(images, targets, teacher(images))[0].backward()
+    unit(images, targets, {"teacher": Lesson(teacher(images), targets)})[0].backward()
     for (name, ours), theirs in zip(student.named_parameters(), plain.parameters()):
         assert torch.equal(ours.grad, theirs.grad), name
 
@@ -172,7 +172,7 @@ def test_a_term_moves_the_student(pair, images, targets, build_tiny):
     plain = build_tiny()
     Distiller(plain)(images, targets)[0].backward()
     taught = Distiller(student, {"soft_label": DenseSigmoidTerm(student, teacher)})
-    taught(images, targets, teacher(images))[0].backward()
+    taught(images, targets, {"teacher": Lesson(teacher(images), targets)})[0].backward()
     assert not torch.equal(student.head.class_logits.weight.grad, plain.head.class_logits.weight.grad)
 
 
@@ -254,13 +254,13 @@ def test_every_term_follows_a_cut(build_tiny, images, targets, name, head):
     taught = teacher(images)
     unit = Distiller(student, {"term": TERMS[name](student, teacher)})
     optimizer = torch.optim.AdamW(unit.parameters())
-    unit(images, targets, taught)[0].backward()
+    unit(images, targets, {"teacher": Lesson(taught, targets)})[0].backward()
     optimizer.step()
     pruner = Pruner((64, 64), target=0.5, epochs=[0])
     pruner.check(unit)
     cut_everywhere(pruner.plan(unit, 0), unit, None, optimizer)
     assert set(student.feature_channels) == {16} or max(student.feature_channels) < 32
-    unit(images, targets, taught)[0].backward()
+    unit(images, targets, {"teacher": Lesson(taught, targets)})[0].backward()
     optimizer.step()
     assert [n for n, p in unit.named_parameters() if p.grad is None or p.grad.shape != p.shape] == []
 

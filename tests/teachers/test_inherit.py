@@ -30,3 +30,6 @@ def test_what_cannot_be_inherited_is_said(build_tiny):
     with pytest.raises(ValueError, match="nothing in laterals"):
         student.laterals = student.neck.laterals
         inherit(student, wider, ["laterals"])
+    wider.unknown = (1,)
+    with pytest.raises(ValueError, match="inherit: the teacher does not know b"):
+        inherit(student, wider, ["neck"])

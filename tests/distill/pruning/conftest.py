@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Lesson
 from distill.ema import EMA
 from distill.optimization import build_optimizer
 from distill.terms import PlainMimicTerm
@@ -35,7 +35,7 @@ def make_trained(build_unit, build_tiny, images, targets):
 
         def step():
             unit.train()
-            unit(images, targets, taught)[0].backward()
+            unit(images, targets, {"teacher": Lesson(taught, targets)})[0].backward()
             optimizer.step()
             optimizer.zero_grad()
             ema.update(unit.student)

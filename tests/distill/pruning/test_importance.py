@@ -83,7 +83,7 @@ def test_every_importance_cuts_a_student(build_unit, build_tiny, images, targets
     unit, teacher = build_unit(channels=32), Teacher(build_tiny(seed=1, channels=24), torch.device("cpu"))
     pruner = Pruner(SIZE, target=0.6, epochs=[0], importance=importance)
     pruner.check(unit)
-    evidence = pruner.measure(unit, teacher, [Batch(images, targets, [], [])])
+    evidence = pruner.measure(unit, {"teacher": teacher}, [Batch(images, targets, [], [])])
     cut_everywhere(pruner.plan(unit, 0, evidence), unit, None, torch.optim.SGD(unit.parameters(), 0.1))
     assert count_macs(unit.student, SIZE) <= 0.6 * pruner.uncut
 
@@ -125,7 +125,7 @@ def test_saliency_is_the_squared_product_of_weight_and_gradient(build_tiny, imag
     frozen = next(unit.student.backbone.parameters()).requires_grad_(False)
     batches = [Batch(images, targets, [], []), Batch(images.flip(0), targets, [], [])]
     buffers = {name: b.clone() for name, b in unit.named_buffers()}
-    saliency = measure_saliency(unit, [], batches, lambda batch: trained_loss(unit, None, batch))
+    saliency = measure_saliency(unit, [], batches, lambda batch: trained_loss(unit, {}, batch))
     assert unit.training and all(p.grad is None for p in unit.parameters())
     assert all(torch.equal(b, buffers[name]) for name, b in unit.named_buffers())
 
@@ -151,7 +151,7 @@ def test_channels_that_do_nothing_go_first(build_unit, images, targets):
         for level in norm.norms:
             level.weight[dead], level.bias[dead] = 0.0, 0.0
     batches = [Batch(images, targets, [], [])]
-    saliency = measure_saliency(unit, [], batches, lambda batch: trained_loss(unit, None, batch, knowledge=False))
+    saliency = measure_saliency(unit, [], batches, lambda batch: trained_loss(unit, {}, batch, knowledge=False))
     group = next(g for g in find_groups(unit, SIZE) if "head.class_tower" in g.name)
     scores = taylor(group, named_tensors(unit), saliency)
     assert scores.argsort()[:8].sort().values.tolist() == dead

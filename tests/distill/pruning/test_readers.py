@@ -86,7 +86,7 @@ def test_a_gate_is_as_good_as_the_weights_that_read(build_tiny, images, targets)
     # the loss sees z w, so dL/dz = the sum of w dL/dw over all that reads a channel
     unit = Distiller(build_tiny(backbone="test_efficientnet", neck="pan"))
     groups, batch = find_groups(unit, SIZE), Batch(images, targets, [], [])
-    found = measure_gates(unit, groups, [batch], lambda batch: trained_loss(unit, None, batch))
+    found = measure_gates(unit, groups, [batch], lambda batch: trained_loss(unit, {}, batch))
     assert all(p.grad is None for p in unit.parameters())
     trained_loss(unit.eval(), None, batch).backward()
     weights = dict(unit.named_parameters())
