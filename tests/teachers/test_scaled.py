@@ -60,7 +60,8 @@ def test_maps_meet_by_the_strides_that_the_student_sees(build_tiny, images):
 
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_every_term_takes_such_a_teacher(build_tiny, images, targets, name):
-    student, teacher = build_tiny(), Teacher(ScaledDetector(build_tiny(seed=1, channels=24), 2.0))
+    head = {"ld": "gfl"}.get(name, "task_aligned")
+    student, teacher = build_tiny(head=head), Teacher(ScaledDetector(build_tiny(seed=1, channels=24, head=head), 2.0))
     torch.nn.init.constant_(teacher.detector.head.class_logits.bias, 1.0)  # sure of something
     term = TERMS[name](student, teacher.detector)
     output = student(images)
