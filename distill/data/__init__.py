@@ -9,6 +9,7 @@ from distill.data.dataset import (
     build_loader,
     collate_samples,
     set_epoch,
+    start_after,
     to_original,
 )
 from distill.data.images import UnreadableImageError
@@ -33,5 +34,6 @@ __all__ = [
     "open_index",
     "open_unlabelled",
     "set_epoch",
+    "start_after",
     "to_original",
 ]

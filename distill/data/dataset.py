@@ -269,5 +269,10 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
         loader.batch_sampler.sampler.set_epoch(epoch)
 
 
+def start_after(loader: DataLoader, images: int) -> None:
+    """Makes the next pass of a loader that `build_loader` made, and no other, leave out its first images."""
+    loader.batch_sampler.sampler.start_after(images)
+
+
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # workers already fill the cores
