@@ -8,6 +8,7 @@ python train.py --resume runs/bccd
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import mean
@@ -41,8 +42,11 @@ from distill.report import Report, StepProgress, counted, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import TEACHER, Config
 from distill.summary import banner_rows, best, comparison, describe, results_row, size, teacher_title
+from distill.trouble import in_plain_words
 from students import Detector, Plan
 from teachers import Teacher, inherit
+
+CHECK_EVERY = 10  # steps between two looks at the losses
 
 
 def main() -> int:
@@ -148,7 +152,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         name: Teacher(detector, accelerator.device, config.all_teachers[name].precision)
         for name, detector in detectors.items()
     }
-    with Interruption(accelerator, config.train.save_minutes) as interruption:
+    interruption = Interruption(accelerator, config.train.save_minutes)
+    with interruption, in_plain_words(config, data.train.loader):
         fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, interruption, role))
 
 
@@ -318,6 +323,7 @@ def train_epoch(
     rank = accelerator.process_index
     trained.train()
     sums = {name: torch.tensor(value, device=accelerator.device) for name, value in within.sums.items()}
+    seen: deque[tuple[int, list[str]]] = deque(maxlen=CHECK_EVERY)
 
     def bring_forward(steps: int) -> None:
         reduced = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
@@ -330,6 +336,7 @@ def train_epoch(
             if batch is None:
                 raise UserError(f"{run.config.data.root}: not one training image could be read; mend the files")
         enter_step(step)
+        seen.append((unit.combiner.step, [meta.file for meta in batch.metas]))
         # likewise a seed of its own, so that an epoch can be gone on with in its middle
         torch.manual_seed(hash((run.config.seed, unit.combiner.step, rank)) % 2**63)
         with accelerator.accumulate(trained):
@@ -344,17 +351,17 @@ def train_epoch(
             ema.update(unit.student)
         sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
         # reading a loss makes a GPU wait, so that is done only now and then
-        bar.advance({name: float(value) for name, value in parts.items()} if step % 10 == 0 else None)
-        if step % 10 == 0:
-            check_losses(unit)
+        looks = step % CHECK_EVERY == 0
+        bar.advance({name: float(value) for name, value in parts.items()} if looks else None)
         due = run.interruption.due() if accelerator.sync_gradients else None
+        if looks or due:
+            check_losses(unit, accelerator, seen, run.folder.failure_file)
         if due:
-            check_losses(unit)
             bring_forward(step + 1)
             save()
         if due == "stop":
             run.interruption.stop(f"all {step + 1} steps of the epoch are kept; train.py --resume {run.folder.path}")
-    check_losses(unit)
+    check_losses(unit, accelerator, seen, run.folder.failure_file)
     bring_forward(len(loader))
     return {name: value / within.step for name, value in within.sums.items()}
 
