@@ -8,6 +8,7 @@ python train.py --resume runs/bccd
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import mean
@@ -22,26 +23,30 @@ from torch.utils.data import DataLoader
 import students
 from distill import build
 from distill.catalog import print_catalog
-from distill.checkpoint import Progress, load_checkpoint, save_checkpoint
+from distill.checkpoint import EpochProgress, Progress, find_checkpoints, load_checkpoint, save_checkpoint
 from distill.config import check_config, load_config, override
-from distill.data import Batch, set_epoch
+from distill.data import Batch, set_epoch, start_after
 from distill.distiller import Distiller
 from distill.distributed import on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
 from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
+from distill.interruption import Interruption, Stopped
 from distill.measure import count_macs, measure_latency
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
-from distill.report import Report, StepProgress, human_count
+from distill.report import Report, StepProgress, counted, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import TEACHER, Config
 from distill.summary import banner_rows, best, comparison, describe, results_row, size, teacher_title
+from distill.trouble import in_plain_words
 from students import Detector, Plan
 from teachers import Teacher, inherit
+
+CHECK_EVERY = 10  # steps between two looks at the losses
 
 
 def main() -> int:
@@ -51,7 +56,7 @@ def main() -> int:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with an interrupted run from its last whole epoch, with key=value changed",
+        help="go on with an interrupted run from its last checkpoint, with key=value changed",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check and build everything, print the banner, train nothing"
@@ -80,10 +85,11 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
-        print(
-            "interrupted; its whole epochs are kept: go on with train.py --resume and its output_dir", file=sys.stderr
-        )
+        print("interrupted; go on from the last checkpoint with train.py --resume and its output_dir", file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():
@@ -103,6 +109,7 @@ class Run:
     folder: RunFolder
     report: Report
     accelerator: Accelerator
+    interruption: Interruption
     role: str  # of the detector that is trained: student or teacher
 
     def calibration_batches(self, number: int = 8) -> Iterator[Batch]:
@@ -145,7 +152,9 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         name: Teacher(detector, accelerator.device, config.all_teachers[name].precision)
         for name, detector in detectors.items()
     }
-    fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, role))
+    interruption = Interruption(accelerator, config.train.save_minutes)
+    with interruption, in_plain_words(config, data.train.loader):
+        fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, interruption, role))
 
 
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -174,7 +183,7 @@ def fit(run: Run) -> None:
     settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
     unit.bind({name: teacher.detector for name, teacher in teachers.items()})
-    resumes = any(run.folder.checkpoints.glob("epoch_*.pt"))
+    resumes = bool(find_checkpoints(run.folder.checkpoints))
     if config.inherit and not resumes:
         taken = inherit(student, next(iter(teachers.values())).detector, config.inherit)
         parts = (f"{human_count(n)} of the {human_count(of)} values of its {part}" for part, (n, of) in taken.items())
@@ -182,10 +191,11 @@ def fit(run: Run) -> None:
     optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
     ema = EMA(student, settings.ema) if settings.ema else None
     kept = ema.module if ema else student  # the weights that are evaluated and saved
-    progress = Progress(uncut_macs=count_macs(student, image_size))
+    progress = Progress(uncut_macs=count_macs(student, image_size), processes=accelerator.num_processes)
     if resumes:
         progress = load_checkpoint(run.folder.checkpoints, unit, ema, optimizer, accelerator)
-        report.say(f"resumed: {progress.epoch} of {epochs} epochs are done")
+        within = f", {progress.within.step} steps of the next" if progress.within else ""
+        report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
@@ -196,15 +206,16 @@ def fit(run: Run) -> None:
     teacher_ap = teacher_aps.get(best(teacher_aps))
     untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
     seconds: list[float] = []
-    unreadable: set[str] = set()
     reported: set[str] = set()
     for epoch in range(progress.epoch, epochs):
-        began = time.perf_counter()
+        starts = progress.within is None
+        within = progress.within = progress.within or EpochProgress()
+        began = time.perf_counter() - within.seconds
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
 
-        plan, ap_after_cut = None, None
-        if run.pruner and epoch in run.pruner.epochs:
+        plan = None
+        if starts and run.pruner and epoch in run.pruner.epochs:
             plan = plan_cut(run, epoch)
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
@@ -216,9 +227,9 @@ def fit(run: Run) -> None:
             for detector in dict.fromkeys((student, kept)):
                 recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
             trained = accelerator.prepare_model(unit)
-            progress.record_cut(plan, step=epoch * len(loader))
-            ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
-            at_once = f"; AP {ap_after_cut:.3f} right after" if ap_after_cut is not None else ""
+            progress.record_cut(plan)
+            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
+            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
             left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
             left += f", {run.pruner.due(epoch):.1%} were due"
             report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
@@ -229,34 +240,40 @@ def fit(run: Run) -> None:
                 total=epochs * len(loader),
                 warmup=round(settings.warmup_epochs * len(loader)),
                 final=settings.final,
-                cut_step=progress.cut_step,
+                cut_step=progress.cut_epoch and progress.cut_epoch * len(loader),
                 rewarm=min(config.pruning.warmup_steps, len(loader)) if config.pruning else 0,
             )
             set_rate(optimizer, rate)
             unit.combiner.step = epoch * len(loader) + step
             unit.combiner.epoch = epoch + step / len(loader)
 
-        if unit.terms and epoch % config.guards.every == 0:
+        def save(within: EpochProgress = within, began: float = began) -> None:
+            within.seconds = time.perf_counter() - began
+            save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
+
+        if starts and unit.terms and epoch % config.guards.every == 0:
             enter_step(0)
             look_at_losses(run)
             check_unchanged(teachers, untouched)
 
         set_epoch(loader, epoch)
-        with report.progress(len(loader), f"epoch {epoch + 1}/{epochs}") as bar:
-            losses = train_epoch(run, trained, loader, stepper, ema, enter_step, bar, unreadable)
+        start_after(run.data.train.loader, within.step * config.data.batch_size * accelerator.num_processes)
+        with report.progress(len(loader) - within.step, f"epoch {epoch + 1}/{epochs}") as bar:
+            losses = train_epoch(run, trained, loader, stepper, ema, within, enter_step, save, bar)
         if unit.skipped:
             times = ", ".join(f"{name} {count} times" for name, count in unit.skipped.items())
             report.warn(f"losses that were no numbers and were left out so far: {times}")
-        if unreadable - reported:
-            report.warn(f"{len(unreadable)} images could not be read and were skipped: {', '.join(sorted(unreadable))}")
-            reported |= unreadable
+        if found := sorted(set(within.unreadable) - reported):
+            report.warn(f"{counted(len(found), 'image')} could not be read and were skipped: {', '.join(found)}")
+            reported.update(found)
         result = evaluate_val(kept)
 
-        progress.epoch = epoch + 1
+        progress.epoch, progress.within = epoch + 1, None
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
         if accelerator.is_main_process:
-            run.folder.append_result(results_row(epoch + 1, losses, macs, result, ap_after_cut, lr, seconds[-1]))
+            row = results_row(epoch + 1, losses, macs, result, within.ap_after_cut, lr, seconds[-1])
+            run.folder.append_result(row)
         # after the row: a run that is killed between the two writes the row again, and never misses one
         save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
         row = {"epoch": f"{epoch + 1}/{epochs}", **losses}
@@ -291,47 +308,62 @@ def train_epoch(
     loader: DataLoader,
     optimizer: Optimizer,
     ema: EMA | None,
+    within: EpochProgress,
     enter_step: Callable[[int], None],
+    save: Callable[[], None],
     bar: StepProgress,
-    unreadable: set[str],
 ) -> dict[str, float]:
-    """One pass over the training data; the mean of each weighted loss over all processes.
-
-    Files that could not be read are added to `unreadable`.
+    """What is left of one pass over the training data; the mean of each weighted loss over the pass and all processes.
 
     Raises:
+        Stopped: the run was asked to stop; everything up to here is saved.
         UserError: a loss is no longer a number.
     """
-    unit, accelerator, clip_norm = run.unit, run.accelerator, run.config.train.optimizer.clip_norm
+    unit, accelerator, settings = run.unit, run.accelerator, run.config.train.optimizer
+    rank = accelerator.process_index
     trained.train()
-    sums: dict[str, torch.Tensor] = {}
-    steps = 0
-    for step, batch in enumerate(loader):
-        unreadable.update(batch.unreadable)
-        if not len(batch.images):  # every image of the batch was unreadable, and the settings say to skip such
-            continue
+    sums = {name: torch.tensor(value, device=accelerator.device) for name, value in within.sums.items()}
+    seen: deque[tuple[int, list[str]]] = deque(maxlen=CHECK_EVERY)
+
+    def bring_forward(steps: int) -> None:
+        reduced = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+        within.step, within.sums = steps, dict(zip(sums, reduced))
+
+    for step, batch in enumerate(loader, within.step):
+        within.unreadable += batch.unreadable
+        if not len(batch.images):  # none could be read; the step must be made all the same, or other ranks would wait
+            batch = next(run.calibration_batches(1), None)
+            if batch is None:
+                raise UserError(f"{run.config.data.root}: not one training image could be read; mend the files")
         enter_step(step)
+        seen.append((unit.combiner.step, [meta.file for meta in batch.metas]))
+        # likewise a seed of its own, so that an epoch can be gone on with in its middle
+        torch.manual_seed(hash((run.config.seed, unit.combiner.step, rank)) % 2**63)
         with accelerator.accumulate(trained):
             lessons = unit.ask(run.teachers, batch.images, batch.targets)
             loss, parts = trained(batch.images, batch.targets, lessons)
             accelerator.backward(loss)
-            if accelerator.sync_gradients and clip_norm:
-                accelerator.clip_grad_norm_(unit.parameters(), clip_norm)
+            if accelerator.sync_gradients and settings.clip_norm:
+                accelerator.clip_grad_norm_(unit.parameters(), settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
         if ema and accelerator.sync_gradients:
             ema.update(unit.student)
-        steps += 1
         sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
         # reading a loss makes a GPU wait, so that is done only now and then
-        bar.advance({name: float(value) for name, value in parts.items()} if step % 10 == 0 else None)
-        if step % 10 == 0:
-            check_losses(unit)
-    check_losses(unit)
-    if not steps:
-        raise UserError(f"{run.config.data.root}: not one training image could be read; mend the files")
-    reduced = accelerator.reduce(torch.stack(list(sums.values())) / steps, "mean").tolist()
-    return dict(zip(sums, reduced))
+        looks = step % CHECK_EVERY == 0
+        bar.advance({name: float(value) for name, value in parts.items()} if looks else None)
+        due = run.interruption.due() if accelerator.sync_gradients else None
+        if looks or due:
+            check_losses(unit, accelerator, seen, run.folder.failure_file)
+        if due:
+            bring_forward(step + 1)
+            save()
+        if due == "stop":
+            run.interruption.stop(f"all {step + 1} steps of the epoch are kept; train.py --resume {run.folder.path}")
+    check_losses(unit, accelerator, seen, run.folder.failure_file)
+    bring_forward(len(loader))
+    return {name: value / within.step for name, value in within.sums.items()}
 
 
 def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detector], EvaluationResult]:

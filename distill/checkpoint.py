@@ -1,7 +1,7 @@
-"""What a run needs to go on from the end of an epoch, in files that are whole or not there."""
+"""What a run needs to go on, in files that are whole or not there."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,49 +20,108 @@ KEPT = 2  # the one before the last stays, in case the disk fills up while the l
 
 
 @dataclass
+class EpochProgress:
+    """How far an epoch has come.
+
+    Attributes:
+        step: batches that each process has been through.
+        sums: of each weighted loss over these steps, the mean over all processes.
+        unreadable: files that were left out.
+        seconds: spent.
+        ap_after_cut: AP right after the epoch's cut, where it was evaluated.
+    """
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    ap_after_cut: float | None = None
+
+
+@dataclass
 class Progress:
     """Where a run stands; plain values, so that a checkpoint can be read without running code.
 
     Attributes:
         uncut_macs: MACs of the student before any cut.
         epoch: epochs done.
-        cut_step: the training step before which the last cut was made.
+        cut_epoch: the epoch before which the last cut was made.
         plans: every cut so far, of student and adapters, as JSON.
         before: results of the student just before its first cut.
+        within: how far the epoch after these has come; None between two epochs.
+        processes: that it was made on.
     """
 
     uncut_macs: int
     epoch: int = 0
-    cut_step: int | None = None
+    cut_epoch: int | None = None
     plans: list[Any] = field(default_factory=list)
     before: dict[str, Any] | None = None
+    within: EpochProgress | None = None
+    processes: int = 1
 
-    def record_cut(self, plan: Plan, step: int) -> None:
-        """Enters a cut that was made before a training step."""
+    def record_cut(self, plan: Plan) -> None:
+        """Enters a cut that was made before the present epoch."""
         self.plans.append(plan.to_json())
-        self.cut_step = step
+        self.cut_epoch = self.epoch
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Progress":
+        """What `asdict` took apart."""
+        within = values["within"] and EpochProgress(**values["within"])
+        return cls(**values | {"within": within})
 
 
 def save_checkpoint(
     folder: Path, progress: Progress, unit: Distiller, ema: EMA | None, optimizer: Optimizer, accelerator: Accelerator
 ) -> None:
-    """Writes `epoch_NNNN.pt` aside, renames it, and drops older ones. On the main process only."""
+    """Writes `epoch_NNNN.pt`, or `epoch_NNNN_step_NNNNNN.pt` within the next one, and drops what is no longer needed.
+
+    On the main process only. It is written aside, and renamed once it is whole.
+
+    Raises:
+        UserError: it cannot be written; the ones before it are as they were.
+    """
     if not accelerator.is_main_process:
         return
     state = {
-        "progress": vars(progress),
+        "progress": asdict(progress),
         "unit": unit.state_dict(),
         "optimizer": optimizer.state_dict(),
         "ema": {"module": ema.module.state_dict(), "updates": ema.updates} if ema else None,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
-    path = folder / f"epoch_{progress.epoch:04d}.pt"
-    folder.mkdir(parents=True, exist_ok=True)
+    step = f"_step_{progress.within.step:06d}" if progress.within else ""
+    path = folder / f"epoch_{progress.epoch:04d}{step}.pt"
     aside = path.with_suffix(".tmp")
-    torch.save(state, aside)
-    os.replace(aside, path)
-    for old in sorted(folder.glob("epoch_*.pt"))[:-KEPT]:
-        old.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine could leave half a file under the new name
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
+        aside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({_first_line(error)}); make room, or mend the folder's rights, and go on from "
+            f"the checkpoint before it: train.py --resume {folder.parent}"
+        ) from error
+    _drop_older(folder)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("epoch_*.pt"))  # "epoch_0001.pt" comes before "epoch_0001_step_000100.pt"
+
+
+def _drop_older(folder: Path) -> None:
+    """Keeps the newest ones, and the newest that was made between two epochs: it serves any number of processes."""
+    paths = find_checkpoints(folder)
+    between = [path for path in paths if "step" not in path.stem][-1:]
+    for path in paths[:-KEPT]:
+        if path not in between:
+            path.unlink()
 
 
 def load_checkpoint(
@@ -73,11 +132,9 @@ def load_checkpoint(
     Raises:
         UserError: no checkpoint, or one that belongs to other settings.
     """
-    paths = sorted(folder.glob("epoch_*.pt"))
-    if not paths:
-        raise UserError(f"resume: {folder} holds no checkpoint; start the run anew")
-    path, state = _read_newest(paths)
-    progress = Progress(**state["progress"])
+    path, state = _read_newest(folder, accelerator.num_processes)
+    progress = Progress.from_dict(state["progress"])
+    progress.processes = accelerator.num_processes
     try:
         for plan in progress.plans:
             cut_everywhere(Plan.from_json(plan), unit, ema, optimizer)
@@ -87,18 +144,32 @@ def load_checkpoint(
             ema.module.load_state_dict(state["ema"]["module"])
             ema.updates = state["ema"]["updates"]
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"resume: {path} does not fit this run's config.yaml ({reason})") from error
+        raise UserError(f"resume: {path} does not fit this run's config.yaml ({_first_line(error)})") from error
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress
 
 
-def _read_newest(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that is whole: a crash of the machine may have cut the last one short."""
-    for path in reversed(paths):
+def _read_newest(folder: Path, processes: int) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that is whole, as a crash of the machine may have cut the last one short, and that fits.
+
+    One made within an epoch fits as many processes as it was made on: with others, the batches would be other ones.
+    """
+    refused = []
+    for path in reversed(find_checkpoints(folder)):
         try:
-            return path, torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:  # noqa: PERF203, two files at most
-            reason = type(error).__name__
-    raise UserError(f"resume: {paths[-1]} cannot be read ({reason}), nor one before it; start the run anew")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            made_on = state["progress"]["processes"] if state["progress"]["within"] else processes
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+            refused.append(f"{path} cannot be read ({type(error).__name__})")
+            continue
+        if made_on == processes:
+            return path, state
+        refused.append(f"{path} was made within an epoch on {made_on} processes, this run has {processes}")
+    if not refused:
+        raise UserError(f"resume: {folder} holds no checkpoint; start the run anew")
+    raise UserError(f"resume: {'; '.join(refused)}; start the run anew, or on as many processes as before")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

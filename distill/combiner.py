@@ -72,6 +72,7 @@ class Combiner(nn.Module):
         self.balance = balance
         self.step, self.epoch = 0, 0.0
         self._bad: Tensor | None = None
+        self._bad_step: Tensor | None = None
         if balance == "gradient":
             # the task's first; a buffer, so that a resumed run goes on with the same averages
             self.register_buffer("gradient_norms", torch.zeros(1 + len(weights)))
@@ -101,17 +102,26 @@ class Combiner(nn.Module):
         total = sum(weighted.values(), task)
         parts = {name: value.detach() for name, value in {"task": task, **weighted}.items()}
         bad = ~torch.isfinite(torch.stack(list(parts.values())))
-        self._bad = bad if self._bad is None else torch.where(self._bad.any(), self._bad, bad)
+        if self._bad is None:
+            self._bad, self._bad_step = bad, torch.full((), self.step, device=bad.device)
+        else:
+            known = self._bad.any()
+            self._bad, self._bad_step = (
+                torch.where(known, self._bad, bad),
+                torch.where(known, self._bad_step, self.step),
+            )
         return total, parts
 
-    def bad_losses(self) -> list[str]:
-        """The losses that were no numbers in the first step that had any; once asked, all is forgotten.
+    def bad_losses(self) -> tuple[int, list[str]]:
+        """The first step that had losses which were no numbers, and which; once asked, all is forgotten.
 
         A NaN spreads to everything within a step, so only the first step tells where it came from. It is kept on the
         device, and a GPU is made to wait only when someone asks.
         """
         bad, self._bad = self._bad, None
-        return [] if bad is None else [name for name, flag in zip(["task", *self.weights], bad.tolist()) if flag]
+        if bad is None:
+            return self.step, []
+        return int(self._bad_step), [name for name, flag in zip(["task", *self.weights], bad.tolist()) if flag]
 
     def share(self, name: str, task_norm: float, norm: float) -> float:
         """How long a term's gradient is, as weighted at present, against the task's of length `task_norm`."""

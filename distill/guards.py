@@ -2,9 +2,13 @@
 that changes."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from distill.combiner import gradient_norms
@@ -83,15 +87,33 @@ def check_terms(unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, 
     return dominating
 
 
-def check_losses(unit: Distiller) -> None:
-    """Raises a UserError that names the first loss which was no number since the last look."""
-    bad = unit.combiner.bad_losses()
-    if bad:
-        way_out = "lower train.optimizer.lr" if bad[0] == "task" else f"lower losses.{bad[0]}.weight, or leave it out"
-        raise UserError(
-            f"losses: {', '.join(bad)} became NaN or infinite in epoch {int(unit.combiner.epoch) + 1}; {way_out}: "
-            "train.py --resume RUN key=value goes on from the last whole epoch"
-        )
+def check_losses(unit: Distiller, accelerator: Accelerator, seen: Iterable[tuple[int, list[str]]], file: Path) -> None:
+    """Looks whether a loss was no number since the last look; every rank has to ask.
+
+    Args:
+        unit: the student with its terms.
+        accelerator: on whose ranks it may have been.
+        seen: the last steps, counted over the run, and the images of each on this rank.
+        file: where everything that is needed to see it again is written, as JSON.
+
+    Raises:
+        UserError: it was; names the first such loss, its step and its images. Raised on all ranks.
+    """
+    step, losses = unit.combiner.bad_losses()
+    flags = accelerator.reduce(torch.tensor(float(bool(losses)), device=accelerator.device))
+    if not flags:
+        return
+    images = next((files for number, files in seen if number == step), [])
+    step, losses, images = min(gather_object([(step, losses, images)] if losses else []))
+    if accelerator.is_main_process:
+        found = {"losses": losses, "step": step, "epoch": int(unit.combiner.epoch) + 1, "images": images}
+        file.write_text(json.dumps(found, indent=2) + "\n")
+    way_out = "lower train.optimizer.lr" if losses[0] == "task" else f"lower losses.{losses[0]}.weight, or leave it out"
+    raise UserError(
+        f"losses: {', '.join(losses)} became NaN or infinite in step {step + 1} (epoch {int(unit.combiner.epoch) + 1}) "
+        f"on {', '.join(images)}, see {file}; {way_out}: train.py --resume {file.parent} key=value goes on from the "
+        "last checkpoint"
+    )
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -17,12 +17,12 @@ from distill.errors import UserError
 from distill.schema import TEACHER
 
 CONFIG, RESULTS, SUMMARY, LOG = "config.yaml", "results.csv", "summary.json", "train.log"
-CHECKPOINTS, STUDENT, TEACHERS = "checkpoints", "student", "teachers"
+CHECKPOINTS, STUDENT, TEACHERS, FAILURE = "checkpoints", "student", "teachers", "failure.json"
 # run folders of their own, where a run trains its teacher, or several, first
 TEACHER_RUN, TEACHER_RUNS = "teacher_run", "teacher_runs"
 OF_TEACHERS = (TEACHER, TEACHERS, TEACHER_RUN, TEACHER_RUNS)
 # what overwriting removes, in this order; the config goes last, by being replaced: a folder is a run while it has one
-REMOVED = (SUMMARY, RESULTS, LOG, CHECKPOINTS, STUDENT, *OF_TEACHERS)
+REMOVED = (SUMMARY, RESULTS, LOG, FAILURE, CHECKPOINTS, STUDENT, *OF_TEACHERS)
 
 # Other toolkits write config.yaml and checkpoints/ too. Only a folder whose config begins so may ever be overwritten.
 SIGNATURE = "# the resolved config of a distill run"
@@ -53,6 +53,11 @@ class RunFolder:
     @property
     def log_file(self) -> Path:
         return self.path / LOG
+
+    @property
+    def failure_file(self) -> Path:
+        """Where a step that went wrong is written down."""
+        return self.path / FAILURE
 
     @property
     def checkpoints(self) -> Path:

@@ -324,6 +324,7 @@ class TrainConfig(Section):
 
     epochs: Count = 12
     optimizer: OptimizerConfig = OptimizerConfig()
+    save_minutes: Positive | None = 15.0  # between two checkpoints within an epoch; null: only whole epochs are kept
 
 
 class TeacherConfig(Section):

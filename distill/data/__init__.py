@@ -6,9 +6,11 @@ from distill.data.dataset import (
     DetectionDataset,
     ImageMeta,
     MixedDataset,
+    being_read,
     build_loader,
     collate_samples,
     set_epoch,
+    start_after,
     to_original,
 )
 from distill.data.images import UnreadableImageError
@@ -26,6 +28,7 @@ __all__ = [
     "MixedDataset",
     "MixedSampler",
     "UnreadableImageError",
+    "being_read",
     "build_augmentation",
     "build_loader",
     "build_resize",
@@ -33,5 +36,6 @@ __all__ = [
     "open_index",
     "open_unlabelled",
     "set_epoch",
+    "start_after",
     "to_original",
 ]

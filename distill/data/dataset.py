@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
 from distill.data.augment import Augmentation
 from distill.data.images import UnreadableImageError, read_image
@@ -24,6 +24,8 @@ from distill.data.sampler import (
     mixed_places,
 )
 from distill.errors import UserError
+
+NOTE_BYTES = 1024  # of a path
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class DetectionDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.unreadable = unreadable
+        self.reading: Tensor | None = None  # where a loader's worker notes the file that it is at
 
     def __len__(self) -> int:
         return len(self.index)
@@ -146,6 +149,8 @@ class DetectionDataset(Dataset):
 
     def _read(self, position: int, original_size: tuple[int, int]) -> np.ndarray:
         path = self.index.path(position)
+        if self.reading is not None:
+            _write_note(self.reading, str(path))
         image = read_image(path)
         if image.shape[:2] != original_size:
             height, width = image.shape[:2]
@@ -254,7 +259,9 @@ def build_loader(
         batch_sampler=BatchSampler(dataset.sampler(shuffle, seed), batch_size, drop_last),
         collate_fn=partial(collate_samples, image_size=dataset.transform.image_size),
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(
+            _start_worker, notes=torch.zeros(workers, NOTE_BYTES, dtype=torch.uint8).share_memory_()
+        ),
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that iterating draws nothing from torch's global generator
@@ -269,5 +276,27 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
         loader.batch_sampler.sampler.set_epoch(epoch)
 
 
-def _start_worker(worker: int) -> None:
+def start_after(loader: DataLoader, images: int) -> None:
+    """Makes the next pass of a loader that `build_loader` made, and no other, leave out its first images."""
+    loader.batch_sampler.sampler.start_after(images)
+
+
+def being_read(loader: DataLoader) -> list[str]:
+    """The files that the workers of a loader that `build_loader` made were at last; for when one of them died."""
+    notes = (
+        bytes(note.tolist()).rstrip(b"\0").decode(errors="replace") for note in loader.worker_init_fn.keywords["notes"]
+    )
+    return sorted({note for note in notes if note})
+
+
+def _start_worker(worker: int, notes: Tensor) -> None:
     cv2.setNumThreads(0)  # workers already fill the cores
+    dataset = get_worker_info().dataset
+    for source in getattr(dataset, "sources", (dataset,)):
+        source.reading = notes[worker]
+
+
+def _write_note(note: Tensor, text: str) -> None:
+    content = text.encode()[: len(note)]
+    note.zero_()
+    note[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -25,20 +25,25 @@ class EpochSampler(Sampler[Address]):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self.seen = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next pass is for."""
         self.epoch = epoch
 
+    def start_after(self, seen: int) -> None:
+        """Makes the next pass, and no other, leave out so many images: the epoch has been through them already."""
+        self.seen = seen
+
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[Address]:
-        epoch = self.epoch  # a change during the pass is for the next one
+        epoch, seen, self.seen = self.epoch, self.seen, 0  # a change during the pass is for the next one
         order = np.arange(self.length)
         if self.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for position in order.tolist():
+        for position in order[seen:].tolist():
             yield position, epoch
 
 
@@ -61,18 +66,24 @@ class MixedSampler(Sampler[MixedAddress]):
         self.labelled = EpochSampler(labelled, shuffle, seed)
         self.unlabelled = EpochSampler(unlabelled, shuffle, seed + 1)
         self.places = mixed_places(mixed_length(labelled, ratio), ratio)
+        self.seen = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next pass is for."""
         self.labelled.set_epoch(epoch)
+
+    def start_after(self, seen: int) -> None:
+        """Makes the next pass, and no other, leave out so many images: the epoch has been through them already."""
+        self.seen = seen
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __iter__(self) -> Iterator[MixedAddress]:
         sources = iter(self.labelled), self._go_on(self.labelled.epoch * sum(self.places))
-        for source in self.places:
-            yield source, *next(sources[source])
+        seen, self.seen = self.seen, 0
+        stream = ((source, *next(sources[source])) for source in self.places)
+        yield from islice(stream, seen, None)
 
     def _go_on(self, seen: int) -> Iterator[Address]:
         """Unlabelled images without end, after so many; a pass over all of them counts as their epoch."""

@@ -1,7 +1,9 @@
+import json
 import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from distill.combiner import Combiner
 from distill.data import Batch
@@ -89,18 +91,25 @@ def test_a_teacher_that_learns_is_named(make, batch):
         check_unchanged(teachers, {"teacher": untouched})
 
 
-def test_the_loss_that_went_wrong_first_is_named(make, batch):
+def test_the_loss_that_went_wrong_first_is_named(make, batch, tmp_path):
     unit, teachers = make(Broken)
     lessons = unit.ask(teachers, batch.images, batch.targets)
+    accelerator, file = Accelerator(), tmp_path / "it.json"
+    seen = [(6, ["a.jpg"]), (7, ["b.jpg", "c.jpg"]), (8, ["d.jpg"])]
     unit.combiner.weights["it"] = 0.0
     unit(batch.images, batch.targets, lessons)
-    check_losses(unit)
-    unit.combiner.weights["it"] = 1.0
+    check_losses(unit, accelerator, seen, file)
+    unit.combiner.weights["it"], unit.combiner.step = 1.0, 7
     unit(batch.images, batch.targets, lessons)
+    unit.combiner.step = 8
     unit(batch.images * float("nan"), batch.targets, lessons)  # by now everything is
-    with pytest.raises(UserError, match=r"losses: it became NaN or infinite in epoch 1; lower losses.it.weight"):
-        check_losses(unit)
-    check_losses(unit)
+    with pytest.raises(UserError, match=r"losses: it became NaN or infinite in step 8 .* on b.jpg, c.jpg") as said:
+        check_losses(unit, accelerator, seen, file)
+    assert "lower losses.it.weight" in str(said.value) and str(file) in str(said.value)
+    assert json.loads(file.read_text()) == {"losses": ["it"], "step": 7, "epoch": 1, "images": ["b.jpg", "c.jpg"]}
+    file.unlink()
+    check_losses(unit, accelerator, seen, file)
+    assert not file.exists()
 
 
 def test_a_broken_term_can_be_left_out_of_a_step(make, batch, build_tiny):
@@ -108,7 +117,7 @@ def test_a_broken_term_can_be_left_out_of_a_step(make, batch, build_tiny):
     total, parts = unit(batch.images, batch.targets, unit.ask(teachers, batch.images, batch.targets))
     assert parts["it"] == 0 and total == parts["task"] and total.isfinite()
     assert unit.skipped == {"it": 1}
-    check_losses(unit)
+    assert unit.combiner.bad_losses() == (0, [])
 
 
 def test_batches_without_objects_are_passed_over(make, batch, images, targets):

@@ -1,0 +1,61 @@
+"""What machines do in the middle of a run, in words that say what to change."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils.data import DataLoader
+
+from distill.data import being_read
+from distill.errors import UserError
+from distill.schema import Config
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
+
+
+@contextmanager
+def in_plain_words(config: Config, loader: DataLoader) -> Iterator[None]:
+    """Raises a UserError for memory that is full, a disk that refuses, a loader or another process that died.
+
+    Args:
+        config: the run's settings.
+        loader: of its training images.
+    """
+    resume = _resume(config)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"data.batch_size: a step does not fit into the device's memory ({_first_line(error)}); lower it from "
+            f"{config.data.batch_size}, or data.image_size from {list(config.data.image_size)}, with more gradient "
+            f"accumulation in its place, and {resume}"
+        ) from error
+    except (EOFError, ConnectionError) as error:  # on the way from a loader's process to this one
+        raise _loader_died(config, loader) from error
+    except OSError as error:
+        if error.errno not in OF_THE_DISK or not error.filename:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}; mend that, and {resume}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise _loader_died(config, loader) from error
+        if isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error):
+            raise UserError(f"another process of this run ended, and this one cannot go on alone; {resume}") from error
+        raise
+
+
+def _loader_died(config: Config, loader: DataLoader) -> UserError:
+    files = ", ".join(being_read(loader)) or "an unknown image"
+    return UserError(
+        f"data.workers: a process that loads images died while these were read: {files}; look at the files, or lower "
+        f"data.workers from {config.data.workers} if memory is short, and {_resume(config)}"
+    )
+
+
+def _resume(config: Config) -> str:
+    return f"go on from the last checkpoint: train.py --resume {config.output_dir}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
