@@ -4,7 +4,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from losses.detection import giou_loss, quality_focal_loss
 from losses.normalizer import average_across_ranks
@@ -12,6 +11,7 @@ from students.assignment import assign_task_aligned
 from students.backbone import Backbone
 from students.dense_head import DenseHead
 from students.detector import DenseOutput, Detections, Detector
+from students.nms import IOU_THRESHOLD, MAX_CANDIDATES, MAX_DETECTIONS, SCORE_THRESHOLD, select
 from students.pyramid import NECKS
 
 
@@ -104,41 +104,25 @@ class DenseDetector(Detector):
             box = boxes.sum() * 0.0  # keeps every parameter in the graph, so that ranks without objects stay in step
         return {"classification": classification, "box": self.box_loss_weight * box}
 
+    def candidates(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
+        """Boxes (B, N, 4) and scores (B, N, K) at all locations; see `Detector.candidates`."""
+        locations, strides = self._locations(output)
+        boxes = to_boxes(flatten_levels(output.box_distances).float(), locations, strides)
+        return boxes, flatten_levels(output.class_logits).float().sigmoid()
+
     @torch.no_grad()
     def decode(
         self,
         output: DenseOutput,
         image_sizes: list[tuple[int, int]],
-        score_threshold: float = 0.01,
-        iou_threshold: float = 0.6,
-        max_candidates: int = 1000,
-        max_detections: int = 100,
+        score_threshold: float = SCORE_THRESHOLD,
+        iou_threshold: float = IOU_THRESHOLD,
+        max_candidates: int = MAX_CANDIDATES,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[Detections]:
-        """Class-wise NMS over the best candidates; see `Detector.decode`.
-
-        Args:
-            output: what `forward` returned for the batch.
-            image_sizes: (height, width) of the valid part of each input image, in pixels.
-            score_threshold: lower scores are dropped.
-            iou_threshold: of two boxes of one class that overlap more, the lower-scored goes.
-            max_candidates: (location, class) pairs that enter the NMS, per image.
-            max_detections: detections kept per image.
-        """
-        locations, strides = self._locations(output)
-        scores = flatten_levels(output.class_logits).float().sigmoid()
-        boxes = to_boxes(flatten_levels(output.box_distances).float(), locations, strides)
-        num_classes = scores.shape[-1]
-        top_scores, top = scores.flatten(1).topk(min(max_candidates, scores[0].numel()), dim=1)
-        top_boxes = boxes.gather(1, (top // num_classes)[..., None].expand(-1, -1, 4))
-        detections = []
-        for i, (height, width) in enumerate(image_sizes):
-            keep = top_scores[i] > score_threshold
-            limit = boxes.new_tensor([width, height, width, height])
-            candidates = top_boxes[i][keep].clamp(min=0).minimum(limit)
-            kept_scores, labels = top_scores[i][keep], top[i][keep] % num_classes
-            order = batched_nms(candidates, kept_scores, labels, iou_threshold)[:max_detections]
-            detections.append(Detections(candidates[order], kept_scores[order], labels[order]))
-        return detections
+        """Class-wise NMS over the best candidates; limits as in `students.nms.select`, see `Detector.decode`."""
+        limits = (score_threshold, iou_threshold, max_candidates, max_detections)
+        return select(*self.candidates(output), image_sizes, *limits)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -158,7 +142,9 @@ class DenseDetector(Detector):
 
     def _locations(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
         shapes = tuple((logits.shape[-2], logits.shape[-1]) for logits in output.class_logits)
-        return grid_locations(shapes, self._strides, output.class_logits[0].device)
+        # what is made while a graph is traced belongs to the trace; kept, it would spoil later calls
+        locate = grid_locations.__wrapped__ if torch.compiler.is_compiling() else grid_locations
+        return locate(shapes, self._strides, output.class_logits[0].device)
 
 
 @lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ from distill.data.dataset import (
     set_epoch,
     to_original,
 )
-from distill.data.images import UnreadableImageError
+from distill.data.images import UnreadableImageError, read_image
 from distill.data.index import DetectionIndex, IndexNotes, open_index
 from distill.data.sampler import EpochSampler
 
@@ -28,6 +28,7 @@ __all__ = [
     "build_resize",
     "collate_samples",
     "open_index",
+    "read_image",
     "set_epoch",
     "to_original",
 ]
