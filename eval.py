@@ -11,16 +11,14 @@ from pathlib import Path
 
 import torch
 
-import students
-from distill.build import evaluation_split
-from distill.config import check_config, override, read_yaml
+from distill.artifact import data_settings, images_for, input_size, open_folder
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, run_evaluation
 from distill.measure import measure_latency
 from distill.report import Report, human_ap
-from distill.run_folder import CONFIG, STUDENT
 from distill.schema import Config
 from distill.summary import comparison, describe
+from students import Detector
 
 
 def main() -> int:
@@ -40,7 +38,8 @@ def main() -> int:
             raise UserError("name a folder to evaluate, such as runs/bccd/student")
         if args.json and not Path(args.json).parent.is_dir():
             raise UserError(f"--json: there is no folder {Path(args.json).parent}; make it first")
-        entries = evaluate(folders, load_settings(folders[0], args.config, overrides), args.split, args.per_class)
+        detectors = {folder: open_folder(folder) for folder in folders}
+        entries = evaluate(detectors, data_settings(folders[0], args.config, overrides), args.split, args.per_class)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,36 +48,17 @@ def main() -> int:
     return 0
 
 
-def load_settings(folder: Path, config: str | None, overrides: list[str]) -> Config:
-    """The settings that say where the data is."""
-    if (folder / STUDENT).is_dir():
-        raise UserError(f"{folder}: is a run; give the detector in it, {folder / STUDENT}")
-    source = Path(config) if config else folder.resolve().parent / CONFIG
-    if not source.is_file():
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give a detector's, such as runs/x/student")
-        raise UserError(f"{source}: no such file; name the config whose data to use with --config configs/NAME.yaml")
-    return check_config(override(read_yaml(source), overrides), str(source))
-
-
-def evaluate(folders: list[Path], config: Config, split: str | None, per_class: bool) -> dict[str, dict]:
+def evaluate(detectors: dict[Path, Detector], config: Config, split: str | None, per_class: bool) -> dict[str, dict]:
     """Prints the table and returns its numbers, by folder."""
     report = Report()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     split = split or config.data.test or config.data.val
     entries = {}
-    for folder in folders:
-        try:
-            detector = students.load(folder).to(device)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        info = students.read_info(folder)
-        image_size = tuple(info.get("image_size", config.data.image_size))
-        # every detector sees what it was trained for: its own input size, and its own classes in its own order
-        data = config.data.model_copy(
-            update={"image_size": image_size, "resize": info.get("resize", config.data.resize)}
-        )
-        images = evaluation_split(data, split, detector.class_names)
+    folders = list(detectors)
+    for folder, detector in detectors.items():
+        detector.to(device)
+        image_size = input_size(detector, config)
+        images = images_for(detector, config, image_size, split)
         for note in images.index.notes.summary() if folder == folders[0] else ():
             report.warn(f"{config.data.root}, {split}: {note}")
         evaluator = DetectionEvaluator(images.index.to_coco(), detector.class_names)

@@ -138,6 +138,22 @@ class DetectionEvaluator:
         return self._ground_truth.loadRes(table)
 
 
+def detect(detector: Detector, batch: Batch) -> list[Detections]:
+    """What a detector finds on each image of a batch, with boxes in pixels of the *original* image.
+
+    Every submodule's train or eval mode is left as it was.
+
+    Args:
+        detector: runs on the device of its weights.
+        batch: at least one image, as the evaluation transform fits it.
+    """
+    device = next(detector.parameters(), torch.empty(0)).device  # an exported one has no parameters
+    with eval_mode(detector), torch.inference_mode():
+        output = detector(batch.images.to(device, non_blocking=True))
+        detections = detector.decode(output, [meta.valid_size for meta in batch.metas])
+        return [replace(found, boxes=to_original(found.boxes, meta)) for found, meta in zip(detections, batch.metas)]
+
+
 def run_evaluation(
     detector: Detector,
     loader: Iterable[Batch],
@@ -155,18 +171,10 @@ def run_evaluation(
     """
     if accelerator is not None:
         detector = accelerator.unwrap_model(detector)
-    device = next(detector.parameters()).device
     evaluator.reset()
-    with eval_mode(detector), torch.inference_mode():
-        for batch in loader:
-            if not batch.metas:  # none of its images could be read
-                continue
-            output = detector(batch.images.to(device, non_blocking=True))
-            detections = detector.decode(output, [meta.valid_size for meta in batch.metas])
-            evaluator.process(
-                [meta.image_id for meta in batch.metas],
-                [replace(found, boxes=to_original(found.boxes, meta)) for found, meta in zip(detections, batch.metas)],
-            )
+    for batch in loader:
+        if batch.metas:  # else none of its images could be read
+            evaluator.process([meta.image_id for meta in batch.metas], detect(detector, batch))
     if accelerator is not None:
         evaluator.merge(gather_object(evaluator.payload()))
     return evaluator.evaluate()

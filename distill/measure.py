@@ -4,7 +4,7 @@ All are taken from the live model, so they are right after a cut.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
@@ -106,22 +106,44 @@ def measure_latency(
         raise ValueError(f"measure_latency: repeats is {repeats}; it must be at least 1")
     home = _blank_images(model, 0, image_size).device
     device = home if device is None else torch.device(device)
-    milliseconds = []
     try:
         model.to(device)
         images = _blank_images(model, batch, image_size)
         with eval_mode(model), torch.inference_mode():
-            for _ in range(warmup):
-                model(images)
-            for _ in range(repeats):
-                _wait_for(device)
-                start = time.perf_counter()
-                model(images)
-                _wait_for(device)
-                milliseconds.append(1000 * (time.perf_counter() - start))
+            (milliseconds,) = time_in_turns([lambda: model(images)], warmup, repeats, device)
     finally:
         model.to(home)
     return median(milliseconds)
+
+
+def time_in_turns(
+    passes: list[Callable[[], object]], warmup: int, repeats: int, device: torch.device
+) -> list[list[float]]:
+    """Milliseconds of each repeat of each pass.
+
+    Passes take turns, so that what else the machine does hits all alike. With several of them each starts its turn with
+    a pass that does not count, so that none pays for caches and threads that the one before it left behind.
+
+    Args:
+        passes: what to time.
+        warmup: passes of each before the first that counts.
+        repeats: passes of each that count.
+        device: waited for before and after each of them.
+    """
+    milliseconds: list[list[float]] = [[] for _ in passes]
+    for run in passes:
+        for _ in range(warmup):
+            run()
+    for _ in range(repeats):
+        for run, taken in zip(passes, milliseconds):
+            if len(passes) > 1:
+                run()
+            _wait_for(device)
+            start = time.perf_counter()
+            run()
+            _wait_for(device)
+            taken.append(1000 * (time.perf_counter() - start))
+    return milliseconds
 
 
 def _blank_images(model: nn.Module, batch: int, image_size: tuple[int, int]) -> Tensor:

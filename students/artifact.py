@@ -30,7 +30,7 @@ def build(name: str, **arguments: Any) -> Detector:
     detector = FAMILIES[name](**arguments)
     # once built, the first weights are history: a saved detector must be rebuilt without them
     detector.recipe = {"name": name, **arguments, "weights": "none"}
-    detector.plans = []
+    detector.plans, detector.info = [], {}
     return detector
 
 
@@ -70,7 +70,9 @@ def load(folder: str | Path) -> Detector:
         near = folder / "student" if (folder / "student").is_dir() else "one such as runs/x/student"
         raise ValueError(f"{folder}: is no detector folder, it has no {missing[0]}; give {near}")
     try:
-        detector = build(**json.loads((folder / RECIPE).read_text())["recipe"])
+        content = json.loads((folder / RECIPE).read_text())
+        detector = build(**content["recipe"])
+        detector.info = content["info"]
         for plan in map(Plan.from_json, json.loads((folder / PLANS).read_text())):
             cut(detector, plan)
         detector.load_state_dict(load_file(folder / WEIGHTS))

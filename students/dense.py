@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from students.assignment import pad_targets
 from students.backbone import Backbone
@@ -10,6 +9,7 @@ from students.dense_head import DenseHead, Predictions
 from students.detector import DenseOutput, Detections, Detector
 from students.gfl_head import GFLHead
 from students.locations import flatten_levels, grid_locations, map_shapes, to_boxes
+from students.nms import IOU_THRESHOLD, MAX_CANDIDATES, MAX_DETECTIONS, SCORE_THRESHOLD, select
 from students.pyramid import NECKS
 from students.retinanet_head import RetinaNetHead
 from students.task_aligned_head import TaskAlignedHead
@@ -74,40 +74,24 @@ class DenseDetector(Detector):
         """The head's `classification` and `box`; see `DenseHead.loss` of each."""
         return self.head.loss(self._predictions(output), pad_targets(targets, output.class_logits[0].device))
 
+    def candidates(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
+        """See `Detector.candidates`; N are all predictions of all levels."""
+        predicted = self._predictions(output)
+        return predicted.boxes, predicted.logits.sigmoid()
+
     @torch.no_grad()
     def decode(
         self,
         output: DenseOutput,
         image_sizes: list[tuple[int, int]],
-        score_threshold: float = 0.01,
-        iou_threshold: float = 0.6,
-        max_candidates: int = 1000,
-        max_detections: int = 100,
+        score_threshold: float = SCORE_THRESHOLD,
+        iou_threshold: float = IOU_THRESHOLD,
+        max_candidates: int = MAX_CANDIDATES,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[Detections]:
-        """Class-wise NMS over the best candidates; see `Detector.decode`.
-
-        Args:
-            output: what `forward` returned for the batch.
-            image_sizes: (height, width) of the valid part of each input image, in pixels.
-            score_threshold: lower scores are dropped.
-            iou_threshold: of two boxes of one class that overlap more, the lower-scored goes.
-            max_candidates: (prediction, class) pairs that enter the NMS, per image.
-            max_detections: detections kept per image.
-        """
-        predicted = self._predictions(output)
-        scores, boxes = predicted.logits.sigmoid(), predicted.boxes
-        num_classes = scores.shape[-1]
-        top_scores, top = scores.flatten(1).topk(min(max_candidates, scores[0].numel()), dim=1)
-        top_boxes = boxes.gather(1, (top // num_classes)[..., None].expand(-1, -1, 4))
-        detections = []
-        for i, (height, width) in enumerate(image_sizes):
-            keep = top_scores[i] > score_threshold
-            limit = boxes.new_tensor([width, height, width, height])
-            candidates = top_boxes[i][keep].clamp(min=0).minimum(limit)
-            kept_scores, labels = top_scores[i][keep], top[i][keep] % num_classes
-            order = batched_nms(candidates, kept_scores, labels, iou_threshold)[:max_detections]
-            detections.append(Detections(candidates[order], kept_scores[order], labels[order]))
-        return detections
+        """Class-wise NMS over the best candidates; limits as in `students.nms.select`, see `Detector.decode`."""
+        limits = (score_threshold, iou_threshold, max_candidates, max_detections)
+        return select(*self.candidates(output), image_sizes, *limits)
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -61,6 +61,7 @@ class Detector(nn.Module, ABC):
         class_names: the names that labels stand for, in label order.
         recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
+        info: facts kept beside it on disk, such as the `image_size` it was trained for; empty for a new one.
         anchors: predictions that a dense head makes at each location; 0 for a detector without one.
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
         unknown: labels that it never gives, as it has learnt other classes; see `teachers.speak`.
@@ -69,6 +70,7 @@ class Detector(nn.Module, ABC):
     class_names: list[str]
     recipe: dict[str, Any]
     plans: list[Plan]
+    info: dict[str, Any]
     anchors: int = 0
     box_bins: int = 0
     unknown: tuple[int, ...] = ()
@@ -99,6 +101,16 @@ class Detector(nn.Module, ABC):
             output: what `forward` returned for the batch.
             image_sizes: (height, width) of the valid part of each input image, in pixels; boxes are clipped to it.
         """
+
+    def candidates(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
+        """All predictions, before any is left out: boxes (B, N, 4) xyxy in pixels and scores (B, N, K) in [0, 1].
+
+        Tensors only and no shape that depends on values, so that it can be part of an exported graph.
+
+        Raises:
+            ValueError: this family has no such step.
+        """
+        raise ValueError(f"{type(self).__name__}: has no step between its outputs and its detections")
 
     @property
     @abstractmethod

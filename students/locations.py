@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=16)
 def grid_locations(
     shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Centres (N, 2) of all cells, x and y in pixels, and their strides (N,), level after level, row after row."""
+    # what is made while a graph is traced belongs to the trace; kept, it would spoil later calls
+    locate = _grid_locations.__wrapped__ if torch.compiler.is_compiling() else _grid_locations
+    return locate(shapes, strides, device)
+
+
+@lru_cache(maxsize=16)
+def _grid_locations(
+    shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     points, steps = [], []
     with torch.inference_mode(False):  # a cached tensor made in inference mode could not be used in training
         for (height, width), stride in zip(shapes, strides):

@@ -13,7 +13,7 @@ from distill.data.dataset import (
     start_after,
     to_original,
 )
-from distill.data.images import UnreadableImageError
+from distill.data.images import UnreadableImageError, read_image
 from distill.data.index import DetectionIndex, IndexNotes, open_index, open_unlabelled
 from distill.data.sampler import EpochSampler, MixedSampler
 
@@ -35,6 +35,7 @@ __all__ = [
     "collate_samples",
     "open_index",
     "open_unlabelled",
+    "read_image",
     "set_epoch",
     "start_after",
     "to_original",

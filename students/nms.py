@@ -1,0 +1,84 @@
+"""From all predictions of an image to the few that are told: the best candidates, then class-wise NMS.
+
+Twice, for two readers: `select` gives lists whose length depends on what was found, `select_padded` the same detections
+in tensors of fixed shape, which a graph can be exported with.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, nms
+
+from students.detector import Detections
+
+SCORE_THRESHOLD = 0.01  # lower scores are dropped
+IOU_THRESHOLD = 0.6  # of two boxes of one class that overlap more, the lower-scored goes
+MAX_CANDIDATES = 1000  # (prediction, class) pairs that enter the NMS, per image
+MAX_DETECTIONS = 100  # per image
+
+
+def select(
+    boxes: Tensor,
+    scores: Tensor,
+    image_sizes: list[tuple[int, int]],
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = IOU_THRESHOLD,
+    max_candidates: int = MAX_CANDIDATES,
+    max_detections: int = MAX_DETECTIONS,
+) -> list[Detections]:
+    """The detections of each image, best first.
+
+    Args:
+        boxes: (B, N, 4) xyxy in pixels.
+        scores: (B, N, K) in [0, 1].
+        image_sizes: (height, width) of the valid part of each image, in pixels; boxes are clipped to it.
+        score_threshold: lower scores are dropped.
+        iou_threshold: of two boxes of one class that overlap more, the lower-scored goes.
+        max_candidates: (prediction, class) pairs that enter the NMS, per image.
+        max_detections: detections kept per image.
+    """
+    top_boxes, top_scores, top_labels = _candidates(boxes, scores, max_candidates)
+    detections = []
+    for i, (height, width) in enumerate(image_sizes):
+        keep = top_scores[i] > score_threshold
+        limit = boxes.new_tensor([width, height, width, height])
+        candidates = top_boxes[i][keep].clamp(min=0).minimum(limit)
+        kept_scores, labels = top_scores[i][keep], top_labels[i][keep]
+        order = batched_nms(candidates, kept_scores, labels, iou_threshold)[:max_detections]
+        detections.append(Detections(candidates[order], kept_scores[order], labels[order]))
+    return detections
+
+
+def select_padded(boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `select` gives with its own limits where all of each image is valid, without shapes that depend on values.
+
+    Args:
+        boxes: (B, N, 4) xyxy in pixels.
+        scores: (B, N, K) in [0, 1].
+        image_size: (height, width) of all images, in pixels; boxes are clipped to it.
+
+    Returns:
+        Boxes (B, 100, 4), scores (B, 100), best first, and labels (B, 100) int64. Where an image has fewer detections,
+        the rest are boxes of zeros with score 0 and label -1. With fewer than 100 candidates, as many of each.
+    """
+    height, width = image_size
+    num_classes = scores.shape[-1]
+    boxes, scores, labels = _candidates(boxes, scores, MAX_CANDIDATES)
+    boxes = torch.stack((boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)), dim=-1).flatten(2)
+    # one NMS for all: boxes of other classes and images are moved so far away that they cannot meet
+    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
+    group = images * num_classes + labels
+    apart = boxes + (group * (torch.sym_max(height, width) + 1))[..., None]
+    survivors = nms(apart.flatten(0, 1), scores.flatten(), IOU_THRESHOLD)
+    survives = torch.zeros_like(scores).flatten().index_fill(0, survivors, 1.0).view_as(scores) > 0
+    scores = torch.where(survives & (scores > SCORE_THRESHOLD), scores, 0.0)
+    scores, order = scores.topk(torch.sym_min(MAX_DETECTIONS, scores.shape[1]), dim=1)
+    found = scores > 0
+    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * found[..., None]
+    return boxes, scores, torch.where(found, labels.gather(1, order), -1)
+
+
+def _candidates(boxes: Tensor, scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (prediction, class) pairs of each image: boxes (B, M, 4), scores (B, M), best first, labels (B, M)."""
+    num_classes = scores.shape[-1]
+    scores, order = scores.flatten(1).topk(torch.sym_min(most, scores.shape[1] * num_classes), dim=1)
+    return boxes.gather(1, (order // num_classes)[..., None].expand(-1, -1, 4)), scores, order % num_classes
