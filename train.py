@@ -26,8 +26,10 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
 from distill.guards import check_losses, check_terms, check_unchanged, fingerprint
-from distill.measure import count_macs, measure_latency
+from distill.measure import count_macs, count_parameters, measure_latency
+from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
+from distill.pictures import Album
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.pruning.saliency import measure_saliency
@@ -35,6 +37,7 @@ from distill.report import Report, StepProgress, human_count
 from distill.run_folder import RunFolder
 from distill.schema import Config
 from distill.summary import banner_rows, comparison, describe, size
+from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
 from students import Detector
 from teachers import Teacher, inherit
 
@@ -88,7 +91,7 @@ def main() -> int:
 
 def train(config: Config, resume: bool = False, dry_run: bool = False, role: str = "student") -> None:
     """One run, from settings to the last table; a teacher that must be trained first is a run of its own."""
-    accelerator = Accelerator()
+    accelerator = build_accelerator(config)
     on_main(accelerator, lambda: build.draw_data(config.data))
     data = build.build_data(config.data, config.seed)
     set_seed(config.seed)
@@ -116,7 +119,9 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
 
     if config.teacher is not None and config.teacher.path is None:
         teacher = train_teacher(config, run, report, accelerator)
+    start_tracking(accelerator, config)
     fit(config, data, unit, pruner, teacher, run, report, accelerator, role)
+    stop_tracking(accelerator)
 
 
 def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -176,6 +181,7 @@ def fit(
     evaluate_test = evaluation(data.test, accelerator) if data.test is not data.val else evaluate_val
     teacher_ap = evaluate_val(teacher.detector).ap if teacher else None
     untouched = fingerprint(teacher.detector) if teacher else ""
+    album = Album(run, data, {"teacher": teacher.detector} if teacher else {}, accelerator, report)
     seconds: list[float] = []
     unreadable: set[str] = set()
     reported: set[str] = set()
@@ -245,12 +251,13 @@ def fit(
         progress.epoch = epoch + 1
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
+        scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, "ap_after_cut": ap_after_cut}
+        scores |= {"teacher_ap": teacher_ap} if teacher else {}
+        cost = {"macs": macs, "macs_left": macs / progress.uncut_macs, "params": count_parameters(student)}
+        per_class = {f"ap_{name}": ap for name, ap in result.per_class.items()}
+        results = {"epoch": epoch + 1, **losses, **cost, **scores, "lr": lr, "seconds": seconds[-1], **per_class}
         if accelerator.is_main_process:
-            scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, "ap_after_cut": ap_after_cut}
-            per_class = {f"ap_{name}": ap for name, ap in result.per_class.items()}
-            run.append_result(
-                {"epoch": epoch + 1, **losses, "macs": macs, **scores, "lr": lr, "seconds": seconds[-1], **per_class}
-            )
+            run.append_result(results)
         # after the row: a run that is killed between the two writes the row again, and never misses one
         save_checkpoint(run.checkpoints, progress, unit, ema, optimizer, accelerator)
         recent = seconds[-3:]
@@ -260,8 +267,11 @@ def fit(
         row |= {"lr": lr, "epoch_time": seconds[-1]}
         row |= {"time_left": sum(recent) / len(recent) * (config.train.epochs - epoch - 1)}
         report.epoch_row(row if pruner else {key: value for key, value in row.items() if key != "macs_left"})
+        log_results(accelerator, results)
+        album.update(kept)
 
     finish(config, kept, teacher, evaluate_test, progress, run, report, accelerator, role)
+    album.update(kept, last=True)
 
 
 def train_epoch(
@@ -351,8 +361,10 @@ def finish(
     entries = {"teacher": of_teacher, "student_before": progress.before, "student": after}
     entries = {name: entry | {"latency_ms": latency[name]} if entry else None for name, entry in entries.items()}
     info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
-    students.save(kept, run.student, info | {"split": config.data.test or config.data.val, **after})
+    facts = {key: value for key, value in after.items() if key != "precision"}
+    students.save(kept, run.student, info | {"split": config.data.test or config.data.val, **facts})
     run.write_summary({**entries, "split": config.data.test or config.data.val, "epochs": config.train.epochs})
+    write_model_card(run)
     before = f"student before cutting, epoch {progress.before['epoch']}" if progress.before else ""
     titles = {"teacher": "teacher", "student_before": before, "student": role}
     split = config.data.test or config.data.val

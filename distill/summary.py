@@ -64,6 +64,31 @@ def banner_rows(
     return rows
 
 
+def describe_config(config: dict[str, Any]) -> dict[str, str]:
+    """The settings that one asks for first, by heading."""
+    data, student = config.get("data") or {}, config.get("student") or {}
+    teacher, pruning = config.get("teacher") or {}, config.get("pruning") or {}
+    size = data.get("image_size")
+    rows = {"Data": f"{data.get('root')}" + (f", {size[1]}x{size[0]} px" if isinstance(size, list) else "")}
+    rows["Student"] = ", ".join(str(student[key]) for key in ("backbone", "neck", "channels") if key in student)
+    if teacher:
+        rows["Teacher"] = str(teacher.get("path") or (teacher.get("detector") or {}).get("backbone") or "")
+    losses = config.get("losses") or {}
+    if losses:
+        balance = " of the task's gradient" if config.get("balance") == "gradient" else ""
+        rows["Losses"] = ", ".join(
+            f"{name}: {loss.get('name')}"
+            + (f" x {loss['weight']:g}{balance}" if loss.get("weight") is not None else "")
+            for name, loss in losses.items()
+        )
+    if pruning:
+        rows["Pruning"] = f"to {human_share(pruning.get('target'))} of the MACs, {pruning.get('importance')}, "
+        rows["Pruning"] += f"between epochs {pruning.get('start')} and {pruning.get('end')}"
+    train = config.get("train") or {}
+    rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"
+    return rows
+
+
 def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:
     """A detector's entry in `summary.json`, still without latency."""
     return {
@@ -74,6 +99,7 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
         "ap_medium": result.ap_medium,
         "ap_large": result.ap_large,
         "per_class": result.per_class,
+        "precision": result.precision,
         "params": count_parameters(detector),
         "macs": count_macs(detector, image_size),
     }
