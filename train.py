@@ -121,7 +121,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         teacher = train_teacher(config, run, report, accelerator)
     start_tracking(accelerator, config)
     fit(config, data, unit, pruner, teacher, run, report, accelerator, role)
-    stop_tracking(accelerator)
+    stop_tracking(accelerator, config)
 
 
 def train_teacher(config: Config, run: RunFolder, report: Report, accelerator: Accelerator) -> Detector:

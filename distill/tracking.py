@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
+from PIL import Image
 
 from distill.config import flatten
 from distill.errors import UserError
@@ -49,7 +51,19 @@ def log_results(accelerator: Accelerator, row: Mapping[str, float | int | None])
     accelerator.log({key: value for key, value in row.items() if value is not None}, step=row["epoch"])
 
 
-def stop_tracking(accelerator: Accelerator) -> None:
-    """Closes the run in each tracker; not `end_training`, which would end the processes' group for all of us."""
+def stop_tracking(accelerator: Accelerator, config: Config) -> None:
+    """Sends the pictures as they are in the end, and closes the run in each tracker.
+
+    Not by `end_training`, which would end the processes' group too.
+    """
+    pictures = {}
+    if accelerator.is_main_process and accelerator.trackers:
+        files = sorted(RunFolder(config.output_dir).pictures.glob("*.png"))
+        pictures = {file.stem: np.asarray(Image.open(file).convert("RGB")) for file in files}
     for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            batches = {name: picture[None] for name, picture in pictures.items()}
+            tracker.log_images(batches, config.train.epochs, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [picture] for name, picture in pictures.items()}, config.train.epochs)
         tracker.finish()
