@@ -1,5 +1,6 @@
 import pytest
 
+from distill.pictures import style
 from distill.run_folder import RunFolder
 
 CONFIG = {
@@ -24,6 +25,13 @@ def entry(ap, macs, **others):
     curve = {"0.50": [ap] * 101, "0.75": [ap / 2] * 101}
     scores = {"ap": ap, "ap50": ap, "ap75": ap, "per_class": {"cat": ap, "dog": ap}, "precision": curve}
     return scores | {"params": macs // 3, "macs": macs, "latency_ms": macs / 100} | others
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Few pixels, which are what takes the time."""
+    monkeypatch.setitem(style.STYLE, "figure.dpi", 30)
+    monkeypatch.setattr(style, "SHEET_DPI", 20)
 
 
 @pytest.fixture
