@@ -3,7 +3,7 @@
 import students
 from distill.report import human_macs
 from distill.run_folder import RunFolder, write_file
-from distill.summary import comparison, describe_config
+from distill.summary import describe_config, summary_table
 
 USAGE = """\
 ```python
@@ -41,11 +41,11 @@ def write_model_card(run: RunFolder) -> None:
     class_names = list(summary["student"]["per_class"])
     height, width = students.read_info(run.student)["image_size"]
     name = run.path.resolve().name
-    before = summary["student_before"]
+    before = summary.get("student_before")
     of = f", {before['macs'] / summary['student']['macs']:.1f} times fewer MACs than before its cuts" if before else ""
-    taught = f", taught by `{describe_config(config)['Teacher']}`" if summary["teacher"] else ""
-    titles = {"teacher": "teacher", "student_before": "student before cutting", "student": "**student**"}
-    columns, rows = comparison({title: summary[key] for key, title in titles.items()}, "teacher")
+    teacher = describe_config(config).get("Teacher")
+    taught = f", taught by `{teacher}`" if teacher else ""
+    columns, rows = summary_table(summary)
     lines = [
         f"# {name}",
         "",

@@ -125,3 +125,11 @@ def comparison(
         cost = [human_count(entry["params"]), human_macs(entry["macs"]), f"{entry['latency_ms']:.1f} ms"]
         rows.append([title, *scores, *shares, *cost])
     return ("", "AP", "AP50", "AP75", *(["of teacher"] if teacher else []), "params", "MACs", "latency"), rows
+
+
+def summary_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str | None]]]:
+    """Columns and rows of the same table, from what `summary.json` holds."""
+    before = (summary.get("student_before") or {}).get("epoch")
+    titles = {"teacher": "teacher", "student_before": f"student before cutting, epoch {before}", "student": "student"}
+    entries = {title: summary.get(name) for name, title in titles.items()}
+    return comparison(entries, "teacher" if summary.get("teacher") else None)

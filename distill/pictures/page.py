@@ -10,7 +10,7 @@ import yaml
 from distill.pictures.course import Course
 from distill.report import human_ap, human_macs
 from distill.run_folder import RunFolder, write_file
-from distill.summary import comparison, describe_config
+from distill.summary import describe_config, summary_table
 
 if TYPE_CHECKING:
     from distill.pictures.folder import Picture
@@ -110,14 +110,7 @@ def describe_state(course: Course) -> str:
 def numbers(course: Course) -> tuple[tuple[str, ...], list[list[str | None]]]:
     """Columns and rows of the table at the top: the summary's, or how the student stands while there is none."""
     if course.summary:
-        before = course.entry("student_before").get("epoch")
-        titles = {
-            "teacher": "teacher",
-            "student_before": f"student before cutting, epoch {before}",
-            "student": "student",
-        }
-        entries = {title: course.summary.get(name) for name, title in titles.items()}
-        return comparison(entries, "teacher" if course.summary.get("teacher") else None)
+        return summary_table(course.summary)
     rows = []
     for row in course.rows[-1:]:
         scores = [human_ap(row.get(key)) for key in ("ap", "ap50", "ap75")]

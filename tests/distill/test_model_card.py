@@ -34,12 +34,13 @@ def test_card_says_what_it_is_and_what_it_is_worth(run):
     assert card.startswith("# run\n")
     assert "for 2 classes (a, b), made by distill: `test_resnet`, taught by `resnet50`, 2.0 times fewer MACs" in card
     assert "- Data: data/pets, 96x64 px" in card and "On the split `test` at 96x64 px" in card
-    assert "| **student** | 0.400 | 0.500 | 0.250 | 80% | 1.00K | 2.00K | 1.5 ms |" in card
+    assert "| student | 0.400 | 0.500 | 0.250 | 80% | 1.00K | 2.00K | 1.5 ms |" in card
     assert "| a | 0.500 |\n| b | - |" in card
 
 
 def test_a_plain_student_has_no_teacher_and_no_cuts(run):
     run.write_summary(run.summary | {"teacher": None, "student_before": None})
+    run.save_config(run.config | {"teacher": None})
     write_model_card(run)
     card = run.card_file.read_text()
     assert "made by distill: `test_resnet`.\n" in card and "of teacher" not in card
