@@ -5,7 +5,6 @@ python eval.py runs/bccd/student --split val --per-class data.root=PATH
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, run_evaluation
 from distill.measure import measure_latency
 from distill.report import Report, human_ap
+from distill.run_folder import to_json, write_file
 from distill.schema import Config
 from distill.summary import comparison, describe
 from students import Detector
@@ -44,7 +44,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        Path(args.json).write_text(json.dumps(entries, indent=2) + "\n")
+        write_file(Path(args.json), to_json(entries))
     return 0
 
 

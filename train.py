@@ -33,15 +33,18 @@ from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
 from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.interruption import Interruption, Stopped
-from distill.measure import count_macs, measure_latency
+from distill.measure import count_macs, count_parameters, measure_latency
+from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
+from distill.pictures import Album
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import TEACHER, Config
-from distill.summary import banner_rows, best, comparison, describe, results_row, size, teacher_title
+from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
+from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
 from distill.trouble import in_plain_words
 from students import Detector, Plan
 from teachers import Teacher, inherit
@@ -120,7 +123,7 @@ class Run:
 
 def train(config: Config, resume: bool = False, dry_run: bool = False, role: str = "student") -> None:
     """One run, from settings to the last table; a teacher that must be trained first is a run of its own."""
-    accelerator = Accelerator()
+    accelerator = build_accelerator(config)
     on_main(accelerator, lambda: build.draw_data(config.data))
     data = build.build_data(config.data, config.seed)
     set_seed(config.seed)
@@ -152,9 +155,11 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         name: Teacher(detector, accelerator.device, config.all_teachers[name].precision)
         for name, detector in detectors.items()
     }
+    start_tracking(accelerator, config)
     interruption = Interruption(accelerator, config.train.save_minutes)
     with interruption, in_plain_words(config, data.train.loader):
         fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, interruption, role))
+    stop_tracking(accelerator, config)
 
 
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -205,6 +210,8 @@ def fit(run: Run) -> None:
     teacher_aps = {name: evaluate_val(teacher.detector).ap for name, teacher in teachers.items()}
     teacher_ap = teacher_aps.get(best(teacher_aps))
     untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
+    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items()}
+    album = Album(run.folder, run.data, shown, accelerator, report)
     seconds: list[float] = []
     reported: set[str] = set()
     for epoch in range(progress.epoch, epochs):
@@ -271,19 +278,24 @@ def fit(run: Run) -> None:
         progress.epoch, progress.within = epoch + 1, None
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
+        cost = {"macs": macs, "macs_left": macs / progress.uncut_macs, "params": count_parameters(student)}
+        others = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if teachers else {})
+        results = results_row(epoch + 1, losses, cost, result, others, lr, seconds[-1])
         if accelerator.is_main_process:
-            row = results_row(epoch + 1, losses, macs, result, within.ap_after_cut, lr, seconds[-1])
-            run.folder.append_result(row)
+            run.folder.append_result(results)
         # after the row: a run that is killed between the two writes the row again, and never misses one
         save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
         row = {"epoch": f"{epoch + 1}/{epochs}", **losses}
-        row |= {"macs_left": macs / progress.uncut_macs} if run.pruner else {}
+        row |= {"macs_left": cost["macs_left"]} if run.pruner else {}
         row |= {"AP": result.ap, "AP50": result.ap50}
         row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if teachers else {}
         time_left = mean(seconds[-3:]) * (epochs - epoch - 1)
         report.epoch_row(row | {"lr": lr, "epoch_time": seconds[-1], "time_left": time_left})
+        log_results(accelerator, results)
+        album.update(kept)
 
     finish(run, kept, evaluate_test, progress.before)
+    album.update(kept, last=True)
 
 
 def plan_cut(run: Run, epoch: int) -> Plan:
@@ -398,22 +410,20 @@ def finish(
         before = before | {"latency_ms": measure_latency(uncut, image_size)}
     of_student = after | {"latency_ms": measure_latency(kept, image_size)}
     info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
-    students.save(kept, run.folder.student, info | {"split": split, **after})
-    run.folder.write_summary(
-        {
-            **({"teachers": teachers} if config.teachers else {"teacher": teachers.get(TEACHER)}),
-            "student_before": before,
-            "student": of_student,
-            "split": split,
-            "epochs": config.train.epochs,
-        }
-    )
-    rows = {teacher_title(name): entry for name, entry in teachers.items()}
-    reference = best({title: entry["ap"] for title, entry in rows.items()})
-    rows |= {f"student before cutting, epoch {before['epoch']}": before} if before else {}
+    facts = {key: value for key, value in after.items() if key != "precision"}
+    students.save(kept, run.folder.student, info | {"split": split, **facts})
+    summary = {
+        **({"teachers": teachers} if config.teachers else {"teacher": teachers.get(TEACHER)}),
+        "student_before": before,
+        "student": of_student,
+        "split": split,
+        "epochs": config.train.epochs,
+    }
+    run.folder.write_summary(summary)
+    write_model_card(run.folder)
     run.report.table(
         f"{run.folder.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {device.type}",
-        *comparison(rows | {run.role: of_student}, reference),
+        *summary_table(summary, run.role),
     )
 
 

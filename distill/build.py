@@ -160,6 +160,7 @@ def teacher_run_config(config: Config, teacher: TeacherConfig, output_dir: Path)
         output_dir=str(output_dir),
         overwrite=True,
         seed=config.seed,
+        tracking=config.tracking,
         data=config.data.model_copy(update={"unlabelled": None, "image_size": image_size}),
         student=teacher.detector,
         train=teacher.train,
@@ -167,11 +168,11 @@ def teacher_run_config(config: Config, teacher: TeacherConfig, output_dir: Path)
 
 
 def trains_alike(one: Config, other: Config) -> bool:
-    """Whether two runs come to the same end: where they write and how many processes load for them does not matter."""
+    """Whether two runs come to the same end: where they write and how many processes load does not matter."""
     return all(
         getattr(one, key) == getattr(other, key)
         for key in Config.model_fields
-        if key not in ("output_dir", "overwrite", "data")
+        if key not in ("output_dir", "overwrite", "tracking", "data")
     ) and one.data.model_copy(update={"workers": 0}) == other.data.model_copy(update={"workers": 0})
 
 

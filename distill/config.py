@@ -1,6 +1,7 @@
 """A run's settings from YAML and dotted overrides; a wrong key or value is one line with a way out."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def override(settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
                 raise UserError(f"{key}: {'.'.join(parents[: i + 1])} is a single value and has no keys below it")
         section[leaf] = value
     return settings
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Settings by their dotted paths, as plain values: what is no number, string or truth value becomes its text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
 
 
 def check_config(settings: dict[str, Any], source: str) -> Config:

@@ -32,6 +32,8 @@ class EvaluationResult:
         ap_medium: of objects between.
         ap_large: of objects with an area above 96^2 pixels.
         per_class: `ap` of each class by name.
+        precision: at IoU '0.50' and '0.75', at recalls of 0, 0.01, ... 1: mean over the classes; None where nothing can
+            be measured.
     """
 
     ap: float | None
@@ -41,6 +43,7 @@ class EvaluationResult:
     ap_medium: float | None
     ap_large: float | None
     per_class: dict[str, float | None]
+    precision: dict[str, list[float] | None]
 
 
 class DetectionEvaluator:
@@ -123,6 +126,7 @@ class DetectionEvaluator:
             ap_medium=_mean(precision[..., 2]),
             ap_large=_mean(precision[..., 3]),
             per_class={name: _mean(precision[:, :, label, 0]) for label, name in enumerate(self.class_names)},
+            precision={"0.50": _curve(precision[0, ..., 0]), "0.75": _curve(precision[5, ..., 0])},
         )
 
     def _load_detections(self) -> COCO:
@@ -215,3 +219,9 @@ def _mean(precision: np.ndarray) -> float | None:
     """Mean over what could be measured; pycocotools marks the rest with -1."""
     measured = precision[precision > -1]
     return float(measured.mean()) if measured.size else None
+
+
+def _curve(precision: np.ndarray) -> list[float] | None:
+    """Mean over the classes that could be measured, of (recall, class), to four digits."""
+    measured = precision[:, (precision > -1).all(axis=0)]
+    return measured.mean(axis=1).round(4).tolist() if measured.size else None

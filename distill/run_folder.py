@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -18,11 +19,14 @@ from distill.schema import TEACHER
 
 CONFIG, RESULTS, SUMMARY, LOG = "config.yaml", "results.csv", "summary.json", "train.log"
 CHECKPOINTS, STUDENT, TEACHERS, FAILURE = "checkpoints", "student", "teachers", "failure.json"
+PICTURES, REPORT, CARD, TRACKING = "pictures", "report.html", "README.md", "tracking"
 # run folders of their own, where a run trains its teacher, or several, first
 TEACHER_RUN, TEACHER_RUNS = "teacher_run", "teacher_runs"
 OF_TEACHERS = (TEACHER, TEACHERS, TEACHER_RUN, TEACHER_RUNS)
 # what overwriting removes, in this order; the config goes last, by being replaced: a folder is a run while it has one
-REMOVED = (SUMMARY, RESULTS, LOG, FAILURE, CHECKPOINTS, STUDENT, *OF_TEACHERS)
+REMOVED = (
+    SUMMARY, RESULTS, LOG, FAILURE, CHECKPOINTS, PICTURES, REPORT, CARD, TRACKING, STUDENT, *OF_TEACHERS
+)  # fmt: skip
 
 # Other toolkits write config.yaml and checkpoints/ too. Only a folder whose config begins so may ever be overwritten.
 SIGNATURE = "# the resolved config of a distill run"
@@ -75,6 +79,22 @@ class RunFolder:
         """The run that trained it."""
         return self.path / (TEACHER_RUN if name == TEACHER else f"{TEACHER_RUNS}/{name}")
 
+    @property
+    def pictures(self) -> Path:
+        return self.path / PICTURES
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / REPORT
+
+    @property
+    def card_file(self) -> Path:
+        return self.path / CARD
+
+    @property
+    def tracking(self) -> Path:
+        return self.path / TRACKING
+
     @classmethod
     def create(
         cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool, keep: Sequence[str] = ()
@@ -99,7 +119,7 @@ class RunFolder:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._clear(keep)
-            _write(run.config_file, text)
+            write_file(run.config_file, text)
             run.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir: cannot write to {run.path} ({error.strerror}); choose another one") from error
@@ -146,7 +166,7 @@ class RunFolder:
         return config
 
     def save_config(self, config: Mapping[str, Any]) -> None:
-        _write(self.config_file, _to_yaml(config))
+        write_file(self.config_file, _to_yaml(config))
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -155,7 +175,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Marks the run as finished; numbers that JSON does not know (NaN, infinity) become null."""
-        _write(self.summary_file, json.dumps(_finite(summary), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        write_file(self.summary_file, to_json(_finite(summary)))
 
     def append_result(self, row: Mapping[str, float | int | str | None]) -> None:
         """Adds the row of an epoch to the results; a column that is new stays empty in the rows before it.
@@ -191,7 +211,7 @@ class RunFolder:
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        _write(self.results_file, text.getvalue())
+        write_file(self.results_file, text.getvalue())
 
     def check_free(self, overwrite: bool, keep: Sequence[str] = ()) -> None:
         """Raises a UserError if a new run may not take this folder; arguments as in `create`."""
@@ -245,17 +265,23 @@ class RunFolder:
         return f"{datetime.fromtimestamp(self.summary_file.stat().st_mtime):%Y-%m-%d %H:%M}"
 
 
-def _write(file: Path, text: str) -> None:
+def write_file(file: Path, content: str | bytes) -> None:
     """Replaces a file as a whole; whatever fails on the way leaves the old one as it was."""
     staged = file.with_name(f".{file.name}.tmp")
     try:
-        with staged.open("w", encoding="utf-8", newline="\n") as out:
-            out.write(text)
+        with staged.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
             out.flush()
             os.fsync(out.fileno())  # or a crash of the machine could leave an empty file under the new name
         os.replace(staged, file)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def to_json(data: Any) -> str:
+    """Indented JSON in which a list of numbers is one line."""
+    text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
+    return re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 def _to_yaml(config: Mapping[str, Any]) -> str:

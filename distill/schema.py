@@ -349,13 +349,17 @@ class TeacherConfig(Section):
 
 
 TEACHER = "teacher"  # what a single one is called, here and in the run folder
-RESERVED = ("epoch", "task", "macs", "lr", "seconds", "macs_left", "teacher_share", "epoch_time", "time_left")
+RESERVED = (
+    "epoch", "task", "macs", "params", "teacher_ap", "lr", "seconds", "macs_left", "teacher_share", "epoch_time",
+    "time_left",
+)  # fmt: skip
 
 
 class Config(Section):
     output_dir: str
     overwrite: bool = False
     seed: Seed = 0
+    tracking: list[Literal["tensorboard", "trackio", "wandb"]] = []  # where numbers go besides results.csv; see [track]
     data: DataConfig
     student: DenseConfig
     teacher: TeacherConfig | None = None

@@ -110,6 +110,34 @@ def best(aps: Mapping[str, float | None]) -> str | None:
     return max(aps, key=lambda name: aps[name] or 0.0, default=None)
 
 
+def describe_config(config: dict[str, Any]) -> dict[str, str]:
+    """The settings that one asks for first, by heading."""
+    data, student = config.get("data") or {}, config.get("student") or {}
+    teachers = config.get("teachers") or {TEACHER: config.get("teacher")}
+    pruning = config.get("pruning") or {}
+    size = data.get("image_size")
+    rows = {"Data": f"{data.get('root')}" + (f", {size[1]}x{size[0]} px" if isinstance(size, list) else "")}
+    rows["Student"] = ", ".join(str(student[key]) for key in ("backbone", "neck", "channels") if key in student)
+    for name, teacher in teachers.items():
+        if teacher:
+            source = teacher.get("path") or (teacher.get("detector") or {}).get("backbone") or ""
+            rows[teacher_title(name).capitalize()] = str(source)
+    losses = config.get("losses") or {}
+    if losses:
+        balance = " of the task's gradient" if config.get("balance") == "gradient" else ""
+        rows["Losses"] = ", ".join(
+            f"{name}: {loss.get('name')}"
+            + (f" x {loss['weight']:g}{balance}" if loss.get("weight") is not None else "")
+            for name, loss in losses.items()
+        )
+    if pruning:
+        rows["Pruning"] = f"to {human_share(pruning.get('target'))} of the MACs, {pruning.get('importance')}, "
+        rows["Pruning"] += f"cut before epochs {pruning['start'] + 1} to {pruning['end'] + 1}"
+    train = config.get("train") or {}
+    rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"
+    return rows
+
+
 def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:
     """A detector's entry in `summary.json`, still without latency."""
     return {
@@ -120,6 +148,7 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
         "ap_medium": result.ap_medium,
         "ap_large": result.ap_large,
         "per_class": result.per_class,
+        "precision": result.precision,
         "params": count_parameters(detector),
         "macs": count_macs(detector, image_size),
     }
@@ -128,16 +157,16 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
 def results_row(
     epoch: int,
     losses: Mapping[str, float],
-    macs: int,
+    cost: Mapping[str, float],
     result: EvaluationResult,
-    ap_after_cut: float | None,
+    other_aps: Mapping[str, float | None],
     lr: float,
     seconds: float,
 ) -> dict[str, float | int | None]:
-    """An epoch's row in `results.csv`."""
-    scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, "ap_after_cut": ap_after_cut}
+    """An epoch's row in `results.csv`; the AP of others than the student under columns of their own."""
+    scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, **other_aps}
     per_class = {f"ap_{name}": ap for name, ap in result.per_class.items()}
-    return {"epoch": epoch, **losses, "macs": macs, **scores, "lr": lr, "seconds": seconds, **per_class}
+    return {"epoch": epoch, **losses, **cost, **scores, "lr": lr, "seconds": seconds, **per_class}
 
 
 def comparison(
@@ -160,3 +189,17 @@ def comparison(
         cost = [human_count(entry["params"]), human_macs(entry["macs"]), f"{entry['latency_ms']:.1f} ms"]
         rows.append([title, *scores, *shares, *cost])
     return ("", "AP", "AP50", "AP75", *(["of teacher"] if teacher else []), "params", "MACs", "latency"), rows
+
+
+def summary_table(summary: dict[str, Any], role: str = "student") -> tuple[tuple[str, ...], list[list[str | None]]]:
+    """Columns and rows of the same table, from what `summary.json` holds."""
+    rows = {teacher_title(name): entry for name, entry in teachers_in(summary).items()}
+    reference = best({title: entry["ap"] for title, entry in rows.items()})
+    before = summary.get("student_before")
+    rows |= {f"student before cutting, epoch {before['epoch']}": before} if before else {}
+    return comparison(rows | {role: summary["student"]}, reference)
+
+
+def teachers_in(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of the teachers in `summary.json`, by name."""
+    return summary.get("teachers") or ({TEACHER: summary["teacher"]} if summary.get("teacher") else {})

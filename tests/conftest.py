@@ -66,8 +66,12 @@ def targets() -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def settings(scenes, tmp_path) -> dict:
-    """A whole config of the smallest run that trains a teacher, distils by all kinds of losses and cuts twice."""
+def settings(scenes, tmp_path, monkeypatch) -> dict:
+    """A whole config of the smallest run that trains a teacher, distils by all kinds of losses and cuts twice.
+
+    Charts take longer than such a run; those of this process are not drawn.
+    """
+    monkeypatch.setattr("distill.pictures.album.draw_run", lambda run: [])
     detector = {"backbone": "test_resnet", "channels": 16, "head_depth": 1}
     return {
         "output_dir": str(tmp_path / "run"),

@@ -69,6 +69,7 @@ def test_perfect_detections():
         "ap_medium": PERFECT,
         "ap_large": PERFECT,
         "per_class": {"cat": PERFECT, "dog": PERFECT},
+        "precision": {"0.50": [1.0] * 101, "0.75": [1.0] * 101},
     }
 
 
@@ -90,6 +91,15 @@ def test_iou_thresholds():
     # 62 of the object's 100 columns: IoU 0.62, right at 0.50, 0.55 and 0.60 of the ten thresholds.
     result = evaluate(make_ground_truth((1, 1, LARGE)), {1: make_detections(([0, 0, 62, 100], 0.9, 0))})
     assert (result.ap, result.ap50, result.ap75) == (pytest.approx(0.3), PERFECT, 0.0)
+    assert result.precision == {"0.50": [1.0] * 101, "0.75": [0.0] * 101}
+
+
+def test_precision_at_each_recall_is_the_mean_over_the_classes():
+    # A cat of two is found: precision 1 up to recall 0.5. The dog is found second: 1 of 2 is right at every recall.
+    ground_truth = make_ground_truth((1, 1, LARGE), (2, 1, LARGE), (1, 2, LARGE))
+    dogs = [([200, 200, 300, 300], 0.9, 1), (LARGE, 0.8, 1)]
+    precision = evaluate(ground_truth, {1: make_detections((LARGE, 0.9, 0), *dogs)}).precision
+    assert precision["0.50"] == [0.75] * 51 + [0.25] * 50
 
 
 def test_false_positives_in_an_image_without_boxes():
@@ -118,6 +128,7 @@ def test_sizes_and_classes_that_cannot_be_measured_are_none():
 
     nothing = evaluate(make_ground_truth(), {1: make_detections((LARGE, 0.9, 0))})
     assert nothing.ap is None and nothing.per_class == {"cat": None, "dog": None}
+    assert nothing.precision == {"0.50": None, "0.75": None}
 
 
 @pytest.mark.parametrize("detections", [{}, {1: make_detections(), 2: make_detections()}], ids=["unseen", "empty"])

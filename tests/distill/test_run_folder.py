@@ -42,9 +42,10 @@ def test_create_makes_the_layout(tmp_path):
     assert list(run.config) == ["student", "epochs", "lr", "note"]
     assert not run.is_finished and run.summary is None
     paths = (run.config_file, run.results_file, run.summary_file, run.log_file, run.checkpoints, run.student,
-             run.teacher())  # fmt: skip
+             run.teacher(), run.pictures, run.report_file, run.card_file, run.tracking)  # fmt: skip
     assert [p.relative_to(tmp_path / "runs" / "x").as_posix() for p in paths] == [
         "config.yaml", "results.csv", "summary.json", "train.log", "checkpoints", "student", "teacher",
+        "pictures", "report.html", "README.md", "tracking",
     ]  # fmt: skip
 
 
