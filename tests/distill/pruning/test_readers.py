@@ -108,7 +108,7 @@ def test_the_teacher_counts_where_knowledge_does(build_tiny, images, targets):
 
     def measure(knowledge, weight):
         unit.combiner.weights["attention"] = weight
-        loss = lambda batch: trained_loss(unit, frozen, batch, knowledge)  # noqa: E731
+        loss = lambda batch: trained_loss(unit, {"teacher": frozen}, batch, knowledge)  # noqa: E731
         return torch.cat([*measure_gates(unit, groups, [batch], loss).values()])
 
     assert not torch.allclose(measure(True, 1.0), measure(True, 0.0))
