@@ -75,7 +75,8 @@ class Distiller(nn.Module):
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""
         output = self.student(images)
         adapted = [x for term in self.terms.values() for x in term.traced(output.features)]
-        return [level for levels in output for level in levels] + adapted
+        # two boxes a level show where they go as well as many
+        return self.student.traced(output, num_boxes=2 * len(output.features)) + adapted
 
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:

@@ -28,13 +28,50 @@ class Section(BaseModel):
 class DenseConfig(Section):
     """Settings of `students.dense.DenseDetector`."""
 
-    name: Literal["dense"] = "dense"
+    name: Literal["dense"]
     backbone: str
     weights: str = "none"
     neck: Literal["fpn", "pan"] = "fpn"
     channels: Count = 96
     levels: list[int] = [3, 4, 5]
     head_depth: Count = 2
+
+
+class TorchvisionConfig(Section):
+    """What all of torchvision's detectors have; null leaves a choice to torchvision."""
+
+    weights: str = "none"
+    norm: Literal["batch", "frozen"] | None = None  # of the backbone
+    trainable_layers: Annotated[int, Field(ge=0, strict=True)] | None = (
+        None  # stages of the backbone, from the coarsest
+    )
+    new_head: bool = False  # start the class layers anew, whatever the weights know
+
+
+class FCOSConfig(TorchvisionConfig):
+    name: Literal["fcos"]
+    backbone: str = "resnet50"
+    channels: Count = 256
+    head_depth: Count = 4
+
+
+class RetinaNetConfig(TorchvisionConfig):
+    name: Literal["retinanet"]
+    backbone: str = "resnet50"
+    version: Literal[1, 2] = 1
+    channels: Count = 256
+
+
+def _dense_by_default(value: Any) -> Any:
+    return {"name": "dense", **value} if isinstance(value, dict) else value
+
+
+DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig)
+DetectorConfig = Annotated[
+    Union[DETECTORS],  # noqa: UP007
+    Field(discriminator="name"),
+    BeforeValidator(_dense_by_default),
+]
 
 
 class AugmentConfig(Section):
@@ -262,7 +299,7 @@ class TeacherConfig(Section):
 
     path: str | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    detector: DenseConfig | None = None
+    detector: DetectorConfig | None = None
     train: TrainConfig | None = None
 
     @model_validator(mode="after")
@@ -282,7 +319,7 @@ class Config(Section):
     overwrite: bool = False
     seed: Seed = 0
     data: DataConfig
-    student: DenseConfig
+    student: DetectorConfig
     teacher: TeacherConfig | None = None
     inherit: list[str] = []  # parts that the student starts with from the teacher, such as [neck, head]
     losses: dict[str, LossConfig] = {}

@@ -31,7 +31,6 @@ def banner_rows(
 ) -> dict[str, str]:
     """The rows of a run's banner, by heading; `role` is what the detector that is trained plays, student or teacher."""
     height, width = config.data.image_size
-    backbone = unit.student.recipe["backbone"]
     processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if accelerator.device.type == "cpu" else ""
     rows = {
@@ -40,11 +39,11 @@ def banner_rows(
         + f"{len(data.train.index)} train, {len(data.val.index)} val"
         + (f", {len(data.test.index)} test" if data.test is not data.val else "")
         + f"; {len(data.class_names)} classes; {width}x{height} px",
-        role.capitalize(): f"{backbone}: {size(unit.student, config.data.image_size)}",
+        role.capitalize(): _title_and_size(unit.student, config.data.image_size),
     }
     if teacher is not None:
         source = config.teacher.path or "trained first"
-        rows["Teacher"] = f"{teacher.recipe['backbone']}: {size(teacher, config.data.image_size)} ({source})"
+        rows["Teacher"] = f"{_title_and_size(teacher, config.data.image_size)} ({source})"
     if unit.terms:
         share = " of the task's gradient" if config.balance == "gradient" else ""
         rows["Distillation"] = ", ".join(
@@ -62,6 +61,10 @@ def banner_rows(
     )
     rows["Output"] = config.output_dir
     return rows
+
+
+def _title_and_size(detector: Detector, image_size: tuple[int, int]) -> str:
+    return "; ".join([f"{detector.title}: {size(detector, image_size)}", *detector.notes])
 
 
 def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:

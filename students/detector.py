@@ -5,7 +5,9 @@ any detector teach any other, and what lets one pruner trace, cut and rebuild al
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -59,6 +61,9 @@ class Detector(nn.Module, ABC):
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
         anchors: predictions that a dense head makes at each location; 0 for a detector without one.
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
+        settled: arguments that were left to the family, such as what follows from the first weights; they go into the
+            recipe, since a saved detector is rebuilt without those.
+        notes: what a user should be told about how it was built.
     """
 
     class_names: list[str]
@@ -66,6 +71,14 @@ class Detector(nn.Module, ABC):
     plans: list[Plan]
     anchors: int = 0
     box_bins: int = 0
+    settled: Mapping[str, Any] = MappingProxyType({})
+    notes: Sequence[str] = ()
+
+    @property
+    def title(self) -> str:
+        """What to call it in a line: the family, but for the first one, and the backbone where there is a choice."""
+        names = [self.recipe["name"], self.recipe.get("backbone", "")]
+        return " ".join(name for name in names if name not in ("dense", ""))
 
     @abstractmethod
     def forward(self, images: Tensor) -> DenseOutput:
@@ -93,6 +106,16 @@ class Detector(nn.Module, ABC):
             output: what `forward` returned for the batch.
             image_sizes: (height, width) of the valid part of each input image, in pixels; boxes are clipped to it.
         """
+
+    def traced(self, output: DenseOutput, num_boxes: int | None = None) -> list[Tensor]:
+        """All tensors that leave the network: what a dependency graph has to see, and what its cost is counted by.
+
+        Args:
+            output: what `forward` returned.
+            num_boxes: of an image, for heads that run on boxes; as many as they usually get where None. The boxes are
+                the same for all images.
+        """
+        return [level for levels in output for level in levels]
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
     Args:
         student: changed in place.
         teacher: anything that shares module names with it.
-        parts: names of the student's top modules, such as `neck` and `head`.
+        parts: names of the student's modules, such as `neck` and `head`, or dotted, `model.backbone.fpn`.
 
     Returns:
         For each part the parameters taken, and how many it has.
@@ -28,10 +28,11 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
     taken = {}
     theirs = teacher.state_dict()
     for part in parts:
-        module = getattr(student, part, None)
-        if not isinstance(module, torch.nn.Module):
+        try:
+            module = student.get_submodule(part)
+        except AttributeError:
             there = ", ".join(name for name, _ in student.named_children())
-            raise ValueError(f"inherit: the student has no part {part!r}; it has {there}")
+            raise ValueError(f"inherit: the student has no part {part!r}; it has {there}") from None
         fits = 0
         for name, tensor in module.state_dict().items():
             found = theirs.get(f"{part}.{name}")
