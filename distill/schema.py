@@ -62,11 +62,20 @@ class RetinaNetConfig(TorchvisionConfig):
     channels: Count = 256
 
 
+class FasterRCNNConfig(TorchvisionConfig):
+    """mask_rcnn is the same, from Mask R-CNN's checkpoints and without the masks."""
+
+    name: Literal["faster_rcnn", "mask_rcnn"]
+    backbone: str = "resnet50"
+    version: Literal[1, 2] = 1
+    channels: Count = 256
+
+
 def _dense_by_default(value: Any) -> Any:
     return {"name": "dense", **value} if isinstance(value, dict) else value
 
 
-DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig)
+DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig, FasterRCNNConfig)
 DetectorConfig = Annotated[
     Union[DETECTORS],  # noqa: UP007
     Field(discriminator="name"),
@@ -178,6 +187,18 @@ class PseudoLabelConfig(TermConfig):
     score_threshold: Share = 0.3
 
 
+class RoiKDConfig(TermConfig):
+    name: Literal["roi_kd"]
+    classes: Literal["kl", "dkd"] = "kl"
+    boxes: Literal["bounded", "smooth_l1", "none"] = "bounded"
+    temperature: Positive = 1.0
+    alpha: NotNegative = 1.0
+    beta: NotNegative = 0.25
+    margin: Number = 0.0
+    class_weight: NotNegative = 1.0
+    box_weight: NotNegative = 0.5
+
+
 class FeatureTermConfig(TermConfig):
     """A term over maps behind an adapter each."""
 
@@ -241,7 +262,7 @@ class AttentionGuidedConfig(TermConfig):
 
 # by the family that they belong to
 LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
-    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, CrossKDConfig, PseudoLabelConfig),
+    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, CrossKDConfig, PseudoLabelConfig, RoiKDConfig),
     "feature mimic": (MimicConfig, MaskedMimicConfig, CWDConfig, MGDConfig, FGDConfig),
     "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
 }

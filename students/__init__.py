@@ -3,6 +3,7 @@
 from students.artifact import FAMILIES, build, load, read_info, save
 from students.detector import DenseOutput, Detections, Detector
 from students.plan import Plan, apply_plan
+from students.two_stage import RoiOutput, RoiSamples, TwoStageDetector, TwoStageOutput
 
 __all__ = [
     "FAMILIES",
@@ -10,6 +11,10 @@ __all__ = [
     "Detections",
     "Detector",
     "Plan",
+    "RoiOutput",
+    "RoiSamples",
+    "TwoStageDetector",
+    "TwoStageOutput",
     "apply_plan",
     "build",
     "load",

@@ -13,6 +13,7 @@ from safetensors.torch import save as to_safetensors
 from students.dense import DenseDetector
 from students.detector import Detector
 from students.plan import Plan, apply_plan
+from students.torchvision_families.faster_rcnn import FasterRCNNDetector, MaskRCNNDetector
 from students.torchvision_families.fcos import FCOSDetector
 from students.torchvision_families.retinanet import RetinaNetDetector
 
@@ -20,6 +21,8 @@ FAMILIES: dict[str, type[Detector]] = {
     "dense": DenseDetector,
     "fcos": FCOSDetector,
     "retinanet": RetinaNetDetector,
+    "faster_rcnn": FasterRCNNDetector,
+    "mask_rcnn": MaskRCNNDetector,
 }
 
 RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"

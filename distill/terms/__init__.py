@@ -13,6 +13,7 @@ from distill.terms.feature_mimic import (
 )
 from distill.terms.fpn_attention import AttentionGuidedTerm, AttentionTransferTerm, FGDAttentionTerm
 from distill.terms.pseudo_label import PseudoLabelTerm
+from distill.terms.roi_head import RoiKDTerm
 from distill.terms.soft_label import BoxMimicTerm, DenseSigmoidTerm
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "PKDTerm",
     "PlainMimicTerm",
     "PseudoLabelTerm",
+    "RoiKDTerm",
     "ScoreWeightedMimicTerm",
     "level_name",
     "match_levels",
@@ -43,6 +45,7 @@ TERMS: dict[str, type[KnowledgeTerm]] = {
     "box_mimic": BoxMimicTerm,
     "cross_kd": CrossKDTerm,
     "pseudo_label": PseudoLabelTerm,
+    "roi_kd": RoiKDTerm,
     "plain_mimic": PlainMimicTerm,
     "pkd": PKDTerm,
     "score_weighted_mimic": ScoreWeightedMimicTerm,

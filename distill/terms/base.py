@@ -31,7 +31,12 @@ def match_levels(
     Raises:
         ValueError: no stride in common, or a level that one of them does not have.
     """
-    pairs = [(i, teacher_strides.index(s)) for i, s in enumerate(student_strides) if s in teacher_strides]
+    pairs = [
+        (i, teacher_strides.index(stride))
+        for i, stride in enumerate(student_strides)
+        # of two levels as coarse as each other the later one, which has seen more, stands for both
+        if stride in teacher_strides and stride not in student_strides[i + 1 :]
+    ]
     if not pairs:
         raise ValueError(
             f"levels: the student's levels (strides {list(student_strides)}) and the teacher's "
@@ -152,6 +157,25 @@ class FeatureTerm(KnowledgeTerm):
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:
         return tuple(self.adapters.values())
+
+
+def require_dense_heads(name: str, student: Detector, teacher: Detector) -> None:
+    """Refuses a pair that does not predict classes and boxes at every location.
+
+    Args:
+        name: the loss, as a config calls it.
+        student: any detector.
+        teacher: likewise.
+
+    Raises:
+        ValueError: one of them has no dense head with as many predictions at every location.
+    """
+    for detector, role in ((student, "student"), (teacher, "teacher")):
+        if not detector.anchors:
+            raise ValueError(
+                f"name: {name} needs two dense heads, with as many predictions at every location; the {role}, "
+                f"{detector.title}, has none; pseudo_label fits any pair, roi_kd two ROI heads"
+            )
 
 
 def resize_like(teacher: Tensor, student: Tensor) -> Tensor:

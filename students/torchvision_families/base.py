@@ -65,14 +65,19 @@ class TorchvisionDetector(Detector):
             converted.append({"boxes": boxes[keep], "labels": self.class_channels[labels[keep]]})
         return converted
 
+    def to_labels(self, labels: Tensor) -> Tensor:
+        """The head's labels as ours; K, one more than the last, stands for the background and what else is not ours."""
+        number = len(self.class_channels)
+        ours = self.class_channels.new_full((self.head_classes,), number)
+        ours[self.class_channels] = torch.arange(number, device=ours.device)
+        return ours[labels]
+
     def to_detections(self, found: list[dict[str, Tensor]]) -> list[Detections]:
         """torchvision's detections with our labels; classes of the head that are not ours are left out."""
-        labels = self.class_channels.new_full((self.head_classes,), -1)
-        labels[self.class_channels] = torch.arange(len(self.class_channels), device=labels.device)
         detections = []
         for image in found:
-            ours = labels[image["labels"]]
-            keep = ours >= 0
+            ours = self.to_labels(image["labels"])
+            keep = ours < len(self.class_channels)
             detections.append(Detections(image["boxes"][keep], image["scores"][keep], ours[keep]))
         return detections
 

@@ -20,6 +20,8 @@ from distill.terms import (
 from losses import attention_transfer, dense_sigmoid, fuse_levels, plain_mimic
 from students import DenseOutput
 
+FOR_DENSE_PAIRS = sorted(set(TERMS) - {"roi_kd"})  # which has tests of its own
+
 
 def all_terms(student, teacher):
     return {
@@ -158,9 +160,9 @@ def test_adapters_are_named_after_their_levels(build_tiny):
     assert [int(name[1:]) for name in term.adapters] == [int(math.log2(s)) for s in (32, 64)]
 
 
-@pytest.fixture(params=sorted(TERMS))
+@pytest.fixture(params=FOR_DENSE_PAIRS)
 def any_term(request, pair):
-    """Each term there is, between a student and a wider teacher."""
+    """Each term that such a pair can have, between a student and a wider teacher."""
     torch.manual_seed(2)
     return TERMS[request.param](*pair)
 
@@ -190,7 +192,7 @@ def test_every_term_bears_a_batch_without_objects(any_term, pair, images):
     assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", sorted(TERMS))
+@pytest.mark.parametrize("name", FOR_DENSE_PAIRS)
 def test_every_term_with_levels_takes_a_choice_of_them(pair, images, targets, name):
     student, teacher = pair
     if name == "pseudo_label":
@@ -205,7 +207,7 @@ def test_every_term_with_levels_takes_a_choice_of_them(pair, images, targets, na
         TERMS[name](student, teacher, levels=["P4", "P8"])
 
 
-@pytest.mark.parametrize("name", sorted(TERMS))
+@pytest.mark.parametrize("name", FOR_DENSE_PAIRS)
 def test_every_term_follows_a_cut(build_tiny, images, targets, name):
     student = build_tiny(channels=32)
     teacher = build_tiny(seed=1, channels=24).eval().requires_grad_(False)
