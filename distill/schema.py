@@ -41,7 +41,6 @@ class TorchvisionConfig(Section):
     """What all of torchvision's detectors have; null leaves a choice to torchvision."""
 
     weights: str = "none"
-    norm: Literal["batch", "frozen"] | None = None  # of the backbone
     trainable_layers: Annotated[int, Field(ge=0, strict=True)] | None = (
         None  # stages of the backbone, from the coarsest
     )
@@ -53,6 +52,7 @@ class FCOSConfig(TorchvisionConfig):
     backbone: str = "resnet50"
     channels: Count = 256
     head_depth: Count = 4
+    norm: Literal["batch", "frozen"] | None = None  # of the backbone
 
 
 class RetinaNetConfig(TorchvisionConfig):
@@ -60,6 +60,7 @@ class RetinaNetConfig(TorchvisionConfig):
     backbone: str = "resnet50"
     version: Literal[1, 2] = 1
     channels: Count = 256
+    norm: Literal["batch", "frozen"] | None = None  # of the backbone
 
 
 class FasterRCNNConfig(TorchvisionConfig):
@@ -69,13 +70,18 @@ class FasterRCNNConfig(TorchvisionConfig):
     backbone: str = "resnet50"
     version: Literal[1, 2] = 1
     channels: Count = 256
+    norm: Literal["batch", "frozen"] | None = None  # of the backbone
+
+
+class SSDConfig(TorchvisionConfig):
+    name: Literal["ssd300", "ssdlite320"]
 
 
 def _dense_by_default(value: Any) -> Any:
     return {"name": "dense", **value} if isinstance(value, dict) else value
 
 
-DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig, FasterRCNNConfig)
+DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig, FasterRCNNConfig, SSDConfig)
 DetectorConfig = Annotated[
     Union[DETECTORS],  # noqa: UP007
     Field(discriminator="name"),

@@ -16,6 +16,7 @@ from students.plan import Plan, apply_plan
 from students.torchvision_families.faster_rcnn import FasterRCNNDetector, MaskRCNNDetector
 from students.torchvision_families.fcos import FCOSDetector
 from students.torchvision_families.retinanet import RetinaNetDetector
+from students.torchvision_families.ssd import SSD300Detector, SSDLite320Detector
 
 FAMILIES: dict[str, type[Detector]] = {
     "dense": DenseDetector,
@@ -23,6 +24,8 @@ FAMILIES: dict[str, type[Detector]] = {
     "retinanet": RetinaNetDetector,
     "faster_rcnn": FasterRCNNDetector,
     "mask_rcnn": MaskRCNNDetector,
+    "ssd300": SSD300Detector,
+    "ssdlite320": SSDLite320Detector,
 }
 
 RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"

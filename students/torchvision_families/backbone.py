@@ -37,22 +37,30 @@ def imagenet_weights(backbone: str) -> WeightsEnum:
     return torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
 
 
-def settle_training(
-    norm: str | None, trainable_layers: int | None, trained: bool, most_layers: int, default_layers: int = 3
-) -> tuple[str, int]:
-    """torchvision's own choice of norm and number of trainable stages, where none is made.
+def settle_norm(norm: str | None, version: int, trained: bool) -> str:
+    """torchvision's own norm of the backbone, where none is chosen: frozen where it is trained, but in version 2.
 
     Raises:
-        ValueError: more stages than there are, or another norm.
+        ValueError: another norm.
     """
-    norm = norm or ("frozen" if trained else "batch")
+    norm = norm or ("frozen" if trained and version == 1 else "batch")
     if norm not in NORMS:
         raise ValueError(f"norm: {norm!r} is not allowed; choose {', '.join(NORMS)}")
+    return norm
+
+
+def settle_trainable(trainable_layers: int | None, trained: bool, most: int, default: int = 3) -> int:
+    """How many of the backbone's stages torchvision trains, where that is not chosen: all that there are, `most`, where
+    it has no first weights.
+
+    Raises:
+        ValueError: more stages than there are.
+    """
     if trainable_layers is None:
-        trainable_layers = default_layers if trained else most_layers
-    if not 0 <= trainable_layers <= most_layers:
-        raise ValueError(f"trainable_layers: {trainable_layers} is not allowed; choose 0 to {most_layers}")
-    return norm, trainable_layers
+        return default if trained else most
+    if not 0 <= trainable_layers <= most:
+        raise ValueError(f"trainable_layers: {trainable_layers} is not allowed; choose 0 to {most}")
+    return trainable_layers
 
 
 def build_fpn_backbone(

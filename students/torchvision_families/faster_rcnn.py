@@ -21,7 +21,8 @@ from students.torchvision_families.backbone import (
     build_fpn_backbone,
     imagenet_weights,
     pyramid_channels,
-    settle_training,
+    settle_norm,
+    settle_trainable,
 )
 from students.torchvision_families.base import TorchvisionDetector, grid_anchors
 from students.torchvision_families.weights import FirstWeights
@@ -70,12 +71,8 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
             raise ValueError(f"version: there is no version {version} with {backbone}; choose 1, or 2 with a ResNet")
         coco = self._coco(backbone, version) if channels == 256 else None
         first = FirstWeights(weights, coco, imagenet_weights(trunk), class_names, new_head, head_classes)
-        norm, trainable_layers = settle_training(
-            norm or ("batch" if version == 2 else None),
-            trainable_layers,
-            first.trained,
-            most_layers=6 if trunk == MOBILENET else 5,
-        )
+        norm = settle_norm(norm, version, first.trained)
+        trainable_layers = settle_trainable(trainable_layers, first.trained, most=6 if trunk == MOBILENET else 5)
         fpn_norm = nn.BatchNorm2d if version == 2 else None
         body = build_fpn_backbone(trunk, first, channels, norm, trainable_layers, fpn_norm=fpn_norm)
         settings = {}

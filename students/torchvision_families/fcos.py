@@ -6,7 +6,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from students.torchvision_families.backbone import build_fpn_backbone, imagenet_weights, settle_training
+from students.torchvision_families.backbone import build_fpn_backbone, imagenet_weights, settle_norm, settle_trainable
 from students.torchvision_families.one_stage import PyramidDetector
 from students.torchvision_families.weights import FirstWeights
 
@@ -49,7 +49,8 @@ class FCOSDetector(PyramidDetector):
         published = (backbone, channels, head_depth) == ("resnet50", 256, 4)
         coco = FCOS_ResNet50_FPN_Weights.COCO_V1 if published else None
         first = FirstWeights(weights, coco, imagenet_weights(backbone), class_names, new_head, head_classes)
-        norm, trainable_layers = settle_training(norm, trainable_layers, first.trained, most_layers=5)
+        norm = settle_norm(norm, 1, first.trained)
+        trainable_layers = settle_trainable(trainable_layers, first.trained, most=5)
         body = build_fpn_backbone(
             backbone, first, channels, norm, trainable_layers, [2, 3, 4], lambda _: LastLevelP6P7(channels, channels)
         )

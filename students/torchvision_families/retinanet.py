@@ -11,7 +11,7 @@ from torchvision.models.detection import (
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from students.torchvision_families.backbone import build_fpn_backbone, imagenet_weights, settle_training
+from students.torchvision_families.backbone import build_fpn_backbone, imagenet_weights, settle_norm, settle_trainable
 from students.torchvision_families.one_stage import PyramidDetector
 from students.torchvision_families.weights import FirstWeights
 
@@ -57,9 +57,8 @@ class RetinaNetDetector(PyramidDetector):
             raise ValueError(f"channels: {channels} is no multiple of 32, the number of groups in version 2's head")
         coco = COCO[version] if (backbone, channels) == ("resnet50", 256) else None
         first = FirstWeights(weights, coco, imagenet_weights(backbone), class_names, new_head, head_classes)
-        norm, trainable_layers = settle_training(
-            norm or ("batch" if version == 2 else None), trainable_layers, first.trained, most_layers=5
-        )
+        norm = settle_norm(norm, version, first.trained)
+        trainable_layers = settle_trainable(trainable_layers, first.trained, most=5)
         body = build_fpn_backbone(
             backbone,
             first,
