@@ -36,7 +36,7 @@ COMBINED = {
     "cross_kd + scores + boxes": ("cross_kd", "dense_sigmoid", "box_mimic"),
 }
 # ld needs heads with distributions, which these recipes do not have
-ARMS = {"plain": (), **{name: (name,) for name in TERMS if name != "ld"}, **COMBINED}
+ARMS = {"plain": (), **{name: (name,) for name in TERMS if name not in ("ld", "roi_kd")}, **COMBINED}
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
-from distill.schema import Config, DataConfig, DenseConfig, TeacherConfig, TermConfig
+from distill.schema import Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig
 from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
 from teachers import ScaledDetector, inherit, speak
@@ -116,7 +116,7 @@ def evaluation_split(config: DataConfig, split: str, classes: list[str] | tuple[
     return Split(index, build_loader(dataset, config.batch_size, workers=config.workers))
 
 
-def build_detector(config: DenseConfig, class_names: list[str], image_size: tuple[int, int], role: str) -> Detector:
+def build_detector(config: DetectorConfig, class_names: list[str], image_size: tuple[int, int], role: str) -> Detector:
     """A new detector; what its family refuses is told under the key of its role, `student` or `teacher.detector`."""
     try:
         detector = students.build(class_names=class_names, **config.model_dump())
@@ -128,8 +128,8 @@ def build_detector(config: DenseConfig, class_names: list[str], image_size: tupl
         height, width = image_size
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{role}.backbone: {config.backbone} does not take images of {width}x{height} px ({reason}); "
-            "change data.image_size, or choose another backbone"
+            f"{role}: {detector.title} does not take images of {width}x{height} px ({reason}); "
+            "change data.image_size, or choose another detector"
         ) from error
     return detector
 

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -132,18 +132,21 @@ def _unshared(value: Any) -> Any:
 
 def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
     """The user's own key path, without pydantic's union tags, and the keys allowed where the last one stands."""
-    names, allowed, model = [], list(Config.model_fields), Config
+    names, allowed = [], list(Config.model_fields)
+    models, is_free = [Config], False  # what the next part belongs to; whether that is a name the user may choose
     for part in path:
-        tagged = [m for m in TERM_CONFIGS if names[:1] == ["losses"] and part in _tags(m)]
-        if len(names) == 2 and tagged:
-            model = tagged[0]
-        else:
-            names.append(part)
-            if names[:-1] == ["teachers"]:
-                continue  # a name; its section is known
-            field = model.model_fields.get(part) if model else None
-            allowed = list(model.model_fields) if model else allowed
-            model = _section_of(field.annotation) if field else None
+        tagged = [model for model in models if len(models) > 1 and not is_free and part in _tags(model)]
+        if tagged:
+            models = tagged
+            continue
+        names.append(part)
+        if is_free:
+            is_free = False
+            continue
+        field = models[0].model_fields.get(part) if models else None
+        allowed = list(models[0].model_fields) if models else allowed
+        models = _sections_of(field.annotation) if field else []
+        is_free = field is not None and get_origin(field.annotation) is dict
     return names, allowed
 
 
@@ -151,9 +154,10 @@ def _tags(model: type[Section]) -> tuple[str, ...]:
     return model.model_fields["name"].annotation.__args__
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    options = (annotation, *getattr(annotation, "__args__", ()))
-    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for option in get_args(annotation) for section in _sections_of(option)]
 
 
 def _near_file(path: Path) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill.combiner import Combiner
 from distill.terms import KnowledgeTerm
-from students import DenseOutput, Detector
+from students import DenseOutput, Detector, of_images
 from teachers import Teacher, hide_classes, label_images
 
 Targets = Sequence[dict[str, Tensor] | None]  # as in `Batch.targets`: those of unlabelled images are None and come last
@@ -82,7 +82,7 @@ class Distiller(nn.Module):
             if labelled < len(targets):
                 rest = [nothing(images)] * (len(targets) - labelled)
                 if any(term.uses_boxes and self.taught_by[key] == name for key, term in counting.items()):
-                    unlabelled = output.of_images(slice(labelled, None))
+                    unlabelled = of_images(output, slice(labelled, None))
                     rest = label_images(detector, unlabelled, tuple(images.shape[-2:]), self.score_threshold)
                 complete = [*targets[:labelled], *rest]
             lessons[name] = Lesson(output, complete, detector.unknown)
@@ -126,10 +126,10 @@ class Distiller(nn.Module):
         if labelled == len(targets):
             return sum(self.student.loss(output, targets).values())
         if labelled:
-            return sum(self.student.loss(output.of_images(slice(labelled)), targets[:labelled]).values())
+            return sum(self.student.loss(of_images(output, slice(labelled)), targets[:labelled]).values())
         # computed all the same: other ranks may have labelled images, and wait for this one's share of the normalisers
         empty = [nothing(output.features[0])]
-        return sum(self.student.loss(output.of_images(slice(1)), empty).values()) * 0.0
+        return sum(self.student.loss(of_images(output, slice(1)), empty).values()) * 0.0
 
     def bind(self, teachers: Mapping[str, Detector]) -> None:
         """Tells the terms who teaches, once the teachers are trained and on their device."""
@@ -140,7 +140,8 @@ class Distiller(nn.Module):
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""
         output = self.student(images)
         adapted = [x for term in self.terms.values() for x in term.traced(output.features)]
-        return [level for levels in output for level in levels] + adapted
+        # two boxes a level show where they go as well as many
+        return self.student.traced(output, num_boxes=2 * len(output.features)) + adapted
 
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:

@@ -312,7 +312,7 @@ def _name_sizes(model, info: dict[str, Any]) -> None:
 
 
 def _backbone(deployed: DeployedDetector) -> str:
-    return deployed.detector.recipe.get("backbone", deployed.detector.recipe["name"])
+    return deployed.detector.title
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 All are taken from the live model, so they are right after a cut.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from students import Detector
 
 
 @contextmanager
@@ -30,19 +33,26 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def run_whole(model: nn.Module, images: Tensor) -> object:
+    """A forward pass; of a detector with what comes after it but selection: a two-stage detector's ROI head, on as many
+    boxes as it proposes at most in evaluation, whatever the image shows."""
+    return model.traced(model(images)) if isinstance(model, Detector) else model(images)
+
+
 def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """Multiply-accumulates of one forward pass on one image.
+    """Multiply-accumulates of one pass on one image, see `run_whole`.
 
     One MAC is two of the FLOPs of `torch.utils.flop_counter`: what convolutions, matrix products and attention cost,
-    without biases, normalisation, activations, resizing and torchvision's own operators. The model runs where it is, in
-    its own precision; on the meta device nothing is computed and the count is the same.
+    without biases, normalisation, activations, resizing and torchvision's own operators. A copy of the model runs on
+    the meta device, where nothing is computed.
 
     Args:
         model: takes images (B, 3, H, W).
         image_size: (height, width) in pixels.
     """
+    model = _on_meta(model)
     with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(_blank_images(model, 1, image_size))
+        run_whole(model, _blank_images(model, 1, image_size))
     return counter.get_total_flops() // 2
 
 
@@ -50,12 +60,13 @@ def count_uses(model: nn.Module, image_size: tuple[int, int]) -> dict[str, int]:
     """How often one image uses each entry of the weights of convolutions and linear layers, by tensor name.
 
     That is the number of positions that the layer gives an output for, over all its calls; times the entries of the
-    weight it makes the layer's multiply-accumulates. Runs where the model is.
+    weight it makes the layer's multiply-accumulates. Runs on the meta device, as `count_macs` does.
 
     Args:
         model: takes images (B, 3, H, W).
         image_size: (height, width) in pixels.
     """
+    model = copy.deepcopy(model).to("meta").eval()  # to hang hooks on
     uses: dict[str, int] = {}
 
     def count(name: str):
@@ -66,17 +77,11 @@ def count_uses(model: nn.Module, image_size: tuple[int, int]) -> dict[str, int]:
         return hook
 
     layers = (nn.modules.conv._ConvNd, nn.Linear)
-    handles = [
-        layer.register_forward_hook(count(f"{name}.weight"))
-        for name, layer in model.named_modules()
-        if isinstance(layer, layers)
-    ]
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(_blank_images(model, 1, image_size))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, layer in model.named_modules():
+        if isinstance(layer, layers):
+            layer.register_forward_hook(count(f"{name}.weight"))
+    with torch.no_grad():
+        run_whole(model, _blank_images(model, 1, image_size))
     return uses
 
 
@@ -89,7 +94,7 @@ def measure_latency(
     repeats: int = 50,
     device: torch.device | str | None = None,
 ) -> float:
-    """Median time of the forward pass in milliseconds: no decoding, no loading, in the model's own precision.
+    """Median time of a pass, see `run_whole`, in milliseconds: no decoding, no loading, in the model's own precision.
 
     Args:
         model: takes images (B, 3, H, W).
@@ -110,7 +115,7 @@ def measure_latency(
         model.to(device)
         images = _blank_images(model, batch, image_size)
         with eval_mode(model), torch.inference_mode():
-            (milliseconds,) = time_in_turns([lambda: model(images)], warmup, repeats, device)
+            (milliseconds,) = time_in_turns([lambda: run_whole(model, images)], warmup, repeats, device)
     finally:
         model.to(home)
     return median(milliseconds)
@@ -144,6 +149,11 @@ def time_in_turns(
             _wait_for(device)
             taken.append(1000 * (time.perf_counter() - start))
     return milliseconds
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """The model if it is there already, else a copy."""
+    return model if all(tensor.is_meta for tensor in model.parameters()) else copy.deepcopy(model).to("meta")
 
 
 def _blank_images(model: nn.Module, batch: int, image_size: tuple[int, int]) -> Tensor:

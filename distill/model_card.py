@@ -33,7 +33,7 @@ def write_model_card(run: RunFolder) -> None:
         f"# {name}",
         "",
         f"An object detector for {len(class_names)} classes ({', '.join(class_names)}), made by distill: "
-        f"`{config['student']['backbone']}`{taught}{of}.",
+        f"`{config['student'].get('backbone') or config['student']['name']}`{taught}{of}.",
         "",
         "## Recipe",
         "",

@@ -18,7 +18,10 @@ def build_optimizer(module: nn.Module, lr: float, backbone_lr: float, weight_dec
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(("backbone" in name.split("."), parameter.dim() > 1), []).append(parameter)
+            parts = name.split(".")
+            # torchvision keeps the pyramid in its backbones; it is new, as other necks are
+            backbone = "backbone" in parts and "fpn" not in parts
+            groups.setdefault((backbone, parameter.dim() > 1), []).append(parameter)
     return AdamW(
         [
             {"params": p, "lr": lr * (backbone_lr if backbone else 1), "weight_decay": weight_decay if decays else 0.0}

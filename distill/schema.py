@@ -37,7 +37,7 @@ class Section(BaseModel):
 class DenseConfig(Section):
     """Settings of `students.dense.DenseDetector`."""
 
-    name: Literal["dense"] = "dense"
+    name: Literal["dense"]
     backbone: str
     weights: str = "none"
     neck: Literal["fpn", "pan"] = "fpn"
@@ -45,6 +45,58 @@ class DenseConfig(Section):
     levels: list[int] = [3, 4, 5]
     head: Literal["task_aligned", "gfl", "retinanet"] = "task_aligned"
     head_depth: Count = 2
+
+
+class TorchvisionConfig(Section):
+    """What all of torchvision's detectors have; null leaves a choice to torchvision."""
+
+    weights: str = "none"
+    trainable_layers: Annotated[int, Field(ge=0, strict=True)] | None = (
+        None  # stages of the backbone, from the coarsest
+    )
+    new_head: bool = False  # start the class layers anew, whatever the weights know
+
+
+class FCOSConfig(TorchvisionConfig):
+    name: Literal["fcos"]
+    backbone: str = "resnet50"
+    channels: Count = 256
+    head_depth: Count = 4
+    norm: Literal["batch", "frozen"] | None = None  # of the backbone
+
+
+class RetinaNetConfig(TorchvisionConfig):
+    name: Literal["retinanet"]
+    backbone: str = "resnet50"
+    version: Literal[1, 2] = 1
+    channels: Count = 256
+    norm: Literal["batch", "frozen"] | None = None  # of the backbone
+
+
+class FasterRCNNConfig(TorchvisionConfig):
+    """mask_rcnn is the same, from Mask R-CNN's checkpoints and without the masks."""
+
+    name: Literal["faster_rcnn", "mask_rcnn"]
+    backbone: str = "resnet50"
+    version: Literal[1, 2] = 1
+    channels: Count = 256
+    norm: Literal["batch", "frozen"] | None = None  # of the backbone
+
+
+class SSDConfig(TorchvisionConfig):
+    name: Literal["ssd300", "ssdlite320"]
+
+
+def _dense_by_default(value: Any) -> Any:
+    return {"name": "dense", **value} if isinstance(value, dict) else value
+
+
+DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig, FasterRCNNConfig, SSDConfig)
+DetectorConfig = Annotated[
+    Union[DETECTORS],  # noqa: UP007
+    Field(discriminator="name"),
+    BeforeValidator(_dense_by_default),
+]
 
 
 class AugmentConfig(Section):
@@ -177,6 +229,18 @@ class PseudoLabelConfig(TermConfig):
     score_threshold: Share = 0.3
 
 
+class RoiKDConfig(TermConfig):
+    name: Literal["roi_kd"]
+    classes: Literal["kl", "dkd"] = "kl"
+    boxes: Literal["bounded", "smooth_l1", "none"] = "bounded"
+    temperature: Positive = 1.0
+    alpha: NotNegative = 1.0
+    beta: NotNegative = 0.25
+    margin: Number = 0.0
+    class_weight: NotNegative = 1.0
+    box_weight: NotNegative = 0.5
+
+
 class FeatureTermConfig(TermConfig):
     """A term over maps behind an adapter each."""
 
@@ -240,7 +304,7 @@ class AttentionGuidedConfig(TermConfig):
 
 # by the family that they belong to
 LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
-    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, LDConfig, CrossKDConfig, PseudoLabelConfig),
+    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, LDConfig, CrossKDConfig, PseudoLabelConfig, RoiKDConfig),
     "feature mimic": (MimicConfig, MaskedMimicConfig, CWDConfig, MGDConfig, FGDConfig),
     "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
 }
@@ -334,7 +398,7 @@ class TeacherConfig(Section):
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
-    detector: DenseConfig | None = None
+    detector: DetectorConfig | None = None
     train: TrainConfig | None = None
 
     @model_validator(mode="after")
@@ -361,7 +425,7 @@ class Config(Section):
     seed: Seed = 0
     tracking: list[Literal["tensorboard", "trackio", "wandb"]] = []  # where numbers go besides results.csv; see [track]
     data: DataConfig
-    student: DenseConfig
+    student: DetectorConfig
     teacher: TeacherConfig | None = None
     teachers: dict[str, TeacherConfig] = {}  # several in place of one, by name; each loss says whose it is
     inherit: list[str] = []  # parts that the student starts with from the (first) teacher, such as [neck, head]

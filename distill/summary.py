@@ -34,7 +34,6 @@ def banner_rows(
 ) -> dict[str, str]:
     """The rows of a run's banner, by heading; `role` is what the detector that is trained plays, student or teacher."""
     height, width = config.data.image_size
-    backbone = unit.student.recipe["backbone"]
     processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if accelerator.device.type == "cpu" else ""
     rows = {
@@ -43,7 +42,7 @@ def banner_rows(
         + f"{len(data.train.index) if config.data.train else 'nothing to'} train, {len(data.val.index)} val"
         + (f", {len(data.test.index)} test" if data.test is not data.val else "")
         + f"; {len(data.class_names)} classes; {width}x{height} px",
-        role.capitalize(): f"{backbone}: {size(unit.student, config.data.image_size)}",
+        role.capitalize(): _title_and_size(unit.student, config.data.image_size),
     }
     if data.unlabelled is not None:
         rows["Unlabelled"] = unlabelled_row(config, data, unit)
@@ -54,7 +53,7 @@ def banner_rows(
         source = settings.path or "trained first"
         if settings.image_size:
             source += f", sees {settings.image_size[1]}x{settings.image_size[0]} px"
-        rows[title] = f"{teacher.recipe['backbone']}: {size(teacher, config.data.image_size)} ({source})"
+        rows[title] = f"{_title_and_size(teacher, config.data.image_size)} ({source})"
         if teacher.unknown:
             rows[title] += f"; does not know {', '.join(teacher.class_names[label] for label in teacher.unknown)}"
         terms = {loss: unit.terms[loss] for loss, by in unit.taught_by.items() if by == name}
@@ -117,10 +116,13 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
     pruning = config.get("pruning") or {}
     size = data.get("image_size")
     rows = {"Data": f"{data.get('root')}" + (f", {size[1]}x{size[0]} px" if isinstance(size, list) else "")}
-    rows["Student"] = ", ".join(str(student[key]) for key in ("backbone", "neck", "channels") if key in student)
+    rows["Student"] = ", ".join(
+        str(student[key]) for key in ("name", "backbone", "neck", "channels") if student.get(key) not in (None, "dense")
+    )
     for name, teacher in teachers.items():
         if teacher:
-            source = teacher.get("path") or (teacher.get("detector") or {}).get("backbone") or ""
+            detector = teacher.get("detector") or {}
+            source = teacher.get("path") or detector.get("backbone") or detector.get("name") or ""
             rows[teacher_title(name).capitalize()] = str(source)
     losses = config.get("losses") or {}
     if losses:
@@ -136,6 +138,10 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
     train = config.get("train") or {}
     rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"
     return rows
+
+
+def _title_and_size(detector: Detector, image_size: tuple[int, int]) -> str:
+    return "; ".join([f"{detector.title}: {size(detector, image_size)}", *detector.notes])
 
 
 def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:

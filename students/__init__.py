@@ -1,8 +1,9 @@
 """Detectors that can be trained and pruned: the contract, its parts, its families, and how they are kept on disk."""
 
 from students.artifact import FAMILIES, build, load, read_info, save
-from students.detector import DenseOutput, Detections, Detector
+from students.detector import DenseOutput, Detections, Detector, of_images
 from students.plan import Plan, apply_plan
+from students.two_stage import RoiOutput, RoiSamples, TwoStageDetector, TwoStageOutput
 
 __all__ = [
     "FAMILIES",
@@ -10,9 +11,14 @@ __all__ = [
     "Detections",
     "Detector",
     "Plan",
+    "RoiOutput",
+    "RoiSamples",
+    "TwoStageDetector",
+    "TwoStageOutput",
     "apply_plan",
     "build",
     "load",
+    "of_images",
     "read_info",
     "save",
 ]

@@ -13,8 +13,20 @@ from safetensors.torch import save as to_safetensors
 from students.dense import DenseDetector
 from students.detector import Detector
 from students.plan import Plan, apply_plan
+from students.torchvision_families.faster_rcnn import FasterRCNNDetector, MaskRCNNDetector
+from students.torchvision_families.fcos import FCOSDetector
+from students.torchvision_families.retinanet import RetinaNetDetector
+from students.torchvision_families.ssd import SSD300Detector, SSDLite320Detector
 
-FAMILIES: dict[str, type[Detector]] = {"dense": DenseDetector}
+FAMILIES: dict[str, type[Detector]] = {
+    "dense": DenseDetector,
+    "fcos": FCOSDetector,
+    "retinanet": RetinaNetDetector,
+    "faster_rcnn": FasterRCNNDetector,
+    "mask_rcnn": MaskRCNNDetector,
+    "ssd300": SSD300Detector,
+    "ssdlite320": SSDLite320Detector,
+}
 
 RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"
 
@@ -29,7 +41,7 @@ def build(name: str, **arguments: Any) -> Detector:
         raise ValueError(f"detector: no family {name!r}; there is {', '.join(FAMILIES)}")
     detector = FAMILIES[name](**arguments)
     # once built, the first weights are history: a saved detector must be rebuilt without them
-    detector.recipe = {"name": name, **arguments, "weights": "none"}
+    detector.recipe = {"name": name, **arguments, **detector.settled, "weights": "none"}
     detector.plans, detector.info = [], {}
     return detector
 

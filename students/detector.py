@@ -5,7 +5,9 @@ any detector teach any other, and what lets one pruner trace, cut and rebuild al
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,9 +36,13 @@ class DenseOutput(NamedTuple):
     box_distances: tuple[Tensor, ...]
     box_logits: tuple[Tensor, ...] = ()
 
-    def of_images(self, part: slice) -> "DenseOutput":
-        """The same of some of the batch's images."""
-        return DenseOutput(*(tuple(level[part] for level in levels) for levels in self))
+
+def of_images(output: NamedTuple, part: slice) -> NamedTuple:
+    """What a detector's forward pass returned, of some of the batch's images; anchors are the same for all of them."""
+    fields = zip(output._fields, output)
+    return type(output)(
+        *(levels if name == "anchor_boxes" else tuple(level[part] for level in levels) for name, levels in fields)
+    )
 
 
 @dataclass
@@ -65,6 +71,9 @@ class Detector(nn.Module, ABC):
         anchors: predictions that a dense head makes at each location; 0 for a detector without one.
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
         unknown: labels that it never gives, as it has learnt other classes; see `teachers.speak`.
+        settled: arguments that were left to the family, such as what follows from the first weights; they go into the
+            recipe, since a saved detector is rebuilt without those.
+        notes: what a user should be told about how it was built.
     """
 
     class_names: list[str]
@@ -74,6 +83,14 @@ class Detector(nn.Module, ABC):
     anchors: int = 0
     box_bins: int = 0
     unknown: tuple[int, ...] = ()
+    settled: Mapping[str, Any] = MappingProxyType({})
+    notes: Sequence[str] = ()
+
+    @property
+    def title(self) -> str:
+        """What to call it in a line: the family, but for the first one, and the backbone where there is a choice."""
+        names = [self.recipe["name"], self.recipe.get("backbone", "")]
+        return " ".join(name for name in names if name not in ("dense", ""))
 
     @abstractmethod
     def forward(self, images: Tensor) -> DenseOutput:
@@ -111,6 +128,16 @@ class Detector(nn.Module, ABC):
             ValueError: this family has no such step.
         """
         raise ValueError(f"{type(self).__name__}: has no step between its outputs and its detections")
+
+    def traced(self, output: DenseOutput, num_boxes: int | None = None) -> list[Tensor]:
+        """All tensors that leave the network: what a dependency graph has to see, and what its cost is counted by.
+
+        Args:
+            output: what `forward` returned.
+            num_boxes: of an image, for heads that run on boxes; as many as they usually get where None. The boxes are
+                the same for all images.
+        """
+        return [level for levels in output for level in levels]
 
     @property
     @abstractmethod

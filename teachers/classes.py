@@ -77,7 +77,7 @@ def hide_classes(output: DenseOutput, labels: tuple[int, ...], anchors: int) -> 
         labels: the classes to hide.
         anchors: predictions that the detector makes at each location.
     """
-    if not labels:
+    if not labels or "class_logits" not in output._fields:  # a two-stage detector says nothing of classes at locations
         return output
     hidden = _channels(labels, anchors, output.class_logits[0].shape[1], output.class_logits[0].device)
     return output._replace(class_logits=tuple(x.masked_fill(hidden, IMPOSSIBLE) for x in output.class_logits))

@@ -17,7 +17,7 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
     Args:
         student: changed in place.
         teacher: anything that shares module names with it.
-        parts: names of the student's top modules, such as `neck` and `head`.
+        parts: names of the student's modules, such as `neck` and `head`, or dotted, `model.backbone.fpn`.
 
     Returns:
         For each part the parameters taken, and how many it has.
@@ -30,12 +30,15 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
         raise ValueError(f"inherit: the teacher does not know {names}, and a student could not learn it from there on")
     taken = {}
     for part in parts:
-        module = getattr(student, part, None)
-        if not isinstance(module, torch.nn.Module):
+        try:
+            module = student.get_submodule(part)
+        except AttributeError:
             there = ", ".join(name for name, _ in student.named_children())
-            raise ValueError(f"inherit: the student has no part {part!r}; it has {there}")
-        source = getattr(teacher, part, None)
-        theirs = source.state_dict() if isinstance(source, torch.nn.Module) else {}
+            raise ValueError(f"inherit: the student has no part {part!r}; it has {there}") from None
+        try:
+            theirs = teacher.get_submodule(part).state_dict()
+        except AttributeError:
+            theirs = {}
         fits = 0
         for name, tensor in module.state_dict().items():
             found = theirs.get(name)

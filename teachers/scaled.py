@@ -25,6 +25,7 @@ class ScaledDetector(Detector):
         super().__init__()
         self.detector, self.scale = detector, scale
         self.anchors, self.box_bins, self.unknown = detector.anchors, detector.box_bins, detector.unknown
+        self.notes = detector.notes
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for is the detector's: its classes, its recipe, its parts."""
@@ -44,6 +45,9 @@ class ScaledDetector(Detector):
     def decode(self, output: DenseOutput, image_sizes: list[tuple[int, int]]) -> list[Detections]:
         found = self.detector.decode(output, [self._scaled(size) for size in image_sizes])
         return [replace(detections, boxes=detections.boxes / self.scale) for detections in found]
+
+    def traced(self, output: DenseOutput, num_boxes: int | None = None) -> list[Tensor]:
+        return self.detector.traced(output, num_boxes)
 
     @property
     def strides(self) -> tuple[float, ...]:

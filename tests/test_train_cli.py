@@ -203,7 +203,7 @@ def test_target_out_of_reach(refused):
 def test_backbone_of_another_image_size(refused, settings):
     settings["pruning"] = None
     swin = "swin_tiny_patch4_window7_224"
-    refused(f"student.backbone={swin}", parts=[f"student.backbone: {swin} does not take images of 64x64 px", "(224)"])
+    refused(f"student.backbone={swin}", parts=[f"student: {swin} does not take images of 64x64 px", "(224)"])
 
 
 def test_finished_run(run, settings, tmp_path):

@@ -95,8 +95,8 @@ class Pruner:
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"pruning: the channels of student.backbone={unit.student.recipe['backbone']} cannot be cut "
-                f"({reason}); choose another backbone, or leave pruning out (pruning=null)"
+                f"pruning: the channels of the student, {unit.student.title}, cannot be cut "
+                f"({reason}); choose another detector or backbone, or leave pruning out (pruning=null)"
             ) from error
         try:
             self.limits.check(groups)

@@ -14,6 +14,7 @@ from distill.terms.feature_mimic import (
 from distill.terms.fpn_attention import AttentionGuidedTerm, AttentionTransferTerm, FGDAttentionTerm
 from distill.terms.localization import LDTerm
 from distill.terms.pseudo_label import PseudoLabelTerm
+from distill.terms.roi_head import RoiKDTerm
 from distill.terms.soft_label import BoxMimicTerm, DenseSigmoidTerm
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PKDTerm",
     "PlainMimicTerm",
     "PseudoLabelTerm",
+    "RoiKDTerm",
     "ScoreWeightedMimicTerm",
     "describe_pairs",
     "level_name",
@@ -48,6 +50,7 @@ TERMS: dict[str, type[KnowledgeTerm]] = {
     "ld": LDTerm,
     "cross_kd": CrossKDTerm,
     "pseudo_label": PseudoLabelTerm,
+    "roi_kd": RoiKDTerm,
     "plain_mimic": PlainMimicTerm,
     "pkd": PKDTerm,
     "score_weighted_mimic": ScoreWeightedMimicTerm,

@@ -42,6 +42,9 @@ def match_levels(
     pairs = []
     for i, stride in enumerate(student_strides):
         nearest = min(teacher_strides, key=lambda other: (abs(math.log2(other / stride)), other))
+        # of two levels as coarse as each other the later one, which has seen more, stands for both
+        if stride in student_strides[i + 1 :]:
+            continue
         if nearest == stride or (interpolate and max(nearest / stride, stride / nearest) <= 2):
             pairs.append((i, teacher_strides.index(nearest)))
     if not pairs:
@@ -216,6 +219,25 @@ class FeatureTerm(KnowledgeTerm):
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:
         return tuple(self.adapters.values()) if self._holds_widths else ()
+
+
+def require_dense_heads(name: str, student: Detector, teacher: Detector) -> None:
+    """Refuses a pair that does not predict classes and boxes at every location.
+
+    Args:
+        name: the loss, as a config calls it.
+        student: any detector.
+        teacher: likewise.
+
+    Raises:
+        ValueError: one of them has no dense head with as many predictions at every location.
+    """
+    for detector, role in ((student, "student"), (teacher, "teacher")):
+        if not detector.anchors:
+            raise ValueError(
+                f"name: {name} needs two dense heads, with as many predictions at every location; the {role}, "
+                f"{detector.title}, has none; pseudo_label fits any pair, roi_kd two ROI heads"
+            )
 
 
 def resize_like(teacher: Tensor, student: Tensor) -> Tensor:

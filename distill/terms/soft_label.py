@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.terms.base import KnowledgeTerm, Targets
+from distill.terms.base import KnowledgeTerm, Targets, require_dense_heads
 from losses import box_mimic, dense_sigmoid
 from losses.precision import at_least_float32
 from students import DenseOutput, Detector
@@ -33,6 +33,7 @@ class DenseSigmoidTerm(KnowledgeTerm):
         beta: float = 1.0,
         temperature: float = 1.0,
     ):
+        require_dense_heads("dense_sigmoid", student, teacher)
         require_same_anchors("dense_sigmoid", student, teacher)
         super().__init__(student, teacher, levels)
         self.anchors = student.anchors
@@ -67,6 +68,7 @@ class BoxMimicTerm(KnowledgeTerm):
         levels: Sequence[str] | None = None,
         kind: Literal["giou", "smooth_l1"] = "giou",
     ):
+        require_dense_heads("box_mimic", student, teacher)
         require_same_anchors("box_mimic", student, teacher)
         super().__init__(student, teacher, levels)
         self.anchors = student.anchors

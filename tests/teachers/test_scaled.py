@@ -58,7 +58,7 @@ def test_maps_meet_by_the_strides_that_the_student_sees(build_tiny, images):
         BoxMimicTerm(student, odd)
 
 
-@pytest.mark.parametrize("name", sorted(TERMS))
+@pytest.mark.parametrize("name", sorted(set(TERMS) - {"roi_kd"}))  # which is for two-stage detectors
 def test_every_term_takes_such_a_teacher(build_tiny, images, targets, name):
     head = {"ld": "gfl"}.get(name, "task_aligned")
     student, teacher = build_tiny(head=head), Teacher(ScaledDetector(build_tiny(seed=1, channels=24, head=head), 2.0))

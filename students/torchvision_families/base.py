@@ -1,0 +1,100 @@
+"""What all of torchvision's detectors share behind our contract."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from students.detector import Detections, Detector
+from students.torchvision_families.weights import FirstWeights
+
+
+class TorchvisionDetector(Detector):
+    """torchvision's own model, called part by part.
+
+    Images are taken at the size they come in; torchvision would resize them first, and fill them up to multiples of 32.
+
+    Args:
+        class_names: the classes, in label order.
+        model: one of `torchvision.models.detection`.
+        first: the tensors it starts with.
+        class_layers: beginnings of the names of its layers that know classes.
+        unused: beginnings of the names of parts that checkpoints have and `model` has not.
+
+    Raises:
+        ValueError: tensors that do not fit.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        model: nn.Module,
+        first: FirstWeights,
+        class_layers: Sequence[str],
+        unused: Sequence[str] = (),
+    ):
+        super().__init__()
+        self.class_names = list(class_names)
+        first.load_detector(model, class_layers, unused)
+        self.model = model
+        self.notes = first.notes
+        # buffers, not constants: a saved detector brings along what its weights were trained with
+        self.register_buffer("mean", torch.tensor(model.transform.image_mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(model.transform.image_std).view(1, 3, 1, 1))
+        self.register_buffer("class_channels", torch.tensor(first.class_channels))
+
+    @property
+    @abstractmethod
+    def head_classes(self) -> int:
+        """Classes of the head, the background included."""
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist())
+
+    def to_head_targets(self, targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Targets with the head's labels, on its device. Boxes without width or height, which torchvision refuses, and
+        objects of score 0 are left out; all others count in full, since torchvision's losses know no weights."""
+        device, converted = self.class_channels.device, []
+        for target in targets:
+            boxes, labels = target["boxes"].to(device).float(), target["labels"].to(device)
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            if "scores" in target:
+                keep = keep & (target["scores"].to(device) > 0)
+            converted.append({"boxes": boxes[keep], "labels": self.class_channels[labels[keep]]})
+        return converted
+
+    def to_labels(self, labels: Tensor) -> Tensor:
+        """The head's labels as ours; K, one more than the last, stands for the background and what else is not ours."""
+        number = len(self.class_channels)
+        ours = self.class_channels.new_full((self.head_classes,), number)
+        ours[self.class_channels] = torch.arange(number, device=ours.device)
+        return ours[labels]
+
+    def to_detections(self, found: list[dict[str, Tensor]]) -> list[Detections]:
+        """torchvision's detections with our labels; classes of the head that are not ours are left out."""
+        detections = []
+        for image in found:
+            ours = self.to_labels(image["labels"])
+            keep = ours < len(self.class_channels)
+            detections.append(Detections(image["boxes"][keep], image["scores"][keep], ours[keep]))
+        return detections
+
+
+def grid_anchors(generator: nn.Module, features: Sequence[Tensor], image_size: Sequence[int]) -> tuple[Tensor, ...]:
+    """Anchor boxes of each level, (H*W*A, 4) xyxy in pixels, in float32 whatever the features are.
+
+    Strides are those that torchvision has for the image filled up to multiples of 32.
+
+    Args:
+        generator: torchvision's `AnchorGenerator`.
+        features: pyramid maps (B, C, H, W).
+        image_size: height and width of the images, pixels.
+    """
+    filled = [-(-side // 32) * 32 for side in image_size]
+    shapes = [level.shape[-2:] for level in features]
+    # not by its own forward, which would round the anchors to the features' precision, for good
+    generator.set_cell_anchors(torch.float32, features[0].device)
+    strides = [[filled[0] // height, filled[1] // width] for height, width in shapes]
+    return tuple(generator.grid_anchors(shapes, strides))
