@@ -35,6 +35,8 @@ class RoiKDTerm(KnowledgeTerm):
         ValueError: a detector without an ROI head, or `levels` are given.
     """
 
+    uses_boxes = True
+
     def __init__(
         self,
         student: Detector,

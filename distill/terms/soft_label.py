@@ -33,7 +33,6 @@ class DenseSigmoidTerm(KnowledgeTerm):
         beta: float = 1.0,
         temperature: float = 1.0,
     ):
-        require_dense_heads("dense_sigmoid", student, teacher)
         require_same_anchors("dense_sigmoid", student, teacher)
         super().__init__(student, teacher, levels)
         self.anchors = student.anchors
@@ -68,7 +67,6 @@ class BoxMimicTerm(KnowledgeTerm):
         levels: Sequence[str] | None = None,
         kind: Literal["giou", "smooth_l1"] = "giou",
     ):
-        require_dense_heads("box_mimic", student, teacher)
         require_same_anchors("box_mimic", student, teacher)
         super().__init__(student, teacher, levels)
         self.anchors = student.anchors
@@ -89,7 +87,8 @@ def require_same_anchors(name: str, student: Detector, teacher: Detector) -> Non
     Raises:
         ValueError: unlike numbers of predictions at a location, or no dense head.
     """
-    if student.anchors != teacher.anchors or not student.anchors:
+    require_dense_heads(name, student, teacher)
+    if student.anchors != teacher.anchors:
         raise ValueError(
             f"name: {name} needs dense heads with equally many predictions at each location; the student makes "
             f"{student.anchors}, the teacher {teacher.anchors}; choose pseudo_label, which fits any pair"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import students
-from distill.distiller import Distiller
+from distill.distiller import Distiller, Lesson
 from distill.measure import count_macs
 from distill.pruning.pruner import Pruner, cut_everywhere
 from distill.terms import BoxMimicTerm, DenseSigmoidTerm, PseudoLabelTerm, RoiKDTerm, ScoreWeightedMimicTerm
@@ -97,7 +97,7 @@ def test_the_heads_look_at_their_own_features(build_two_stage, images, targets, 
     student, teacher = build_two_stage(), build_two_stage(seed=1, channels=64).eval().requires_grad_(False)
     targets = targets if objects else targets[1:] * 2
     unit = Distiller(student, {"roi": RoiKDTerm(student, teacher)})
-    total, parts = unit(images, targets, teacher(images))
+    total, parts = unit(images, targets, {"teacher": Lesson(teacher(images), targets)})
     assert parts["roi"] > 0 and parts["roi"].dtype == torch.float32
     total.backward()
     assert [name for name, p in unit.named_parameters() if p.grad is None] == []
@@ -142,7 +142,8 @@ def test_a_two_stage_student_is_cut_with_its_roi_head(build_two_stage, images, t
     student, teacher = build_two_stage(), build_two_stage(seed=1).eval()
     unit = Distiller(student, {"roi": RoiKDTerm(student, teacher), "mimic": ScoreWeightedMimicTerm(student, teacher)})
     before = count_macs(student, (64, 64))
-    pruner = Pruner(before, (64, 64), target=0.5, start=0, end=0)
+    pruner = Pruner((64, 64), target=0.5, epochs=[0])
+    pruner.check(unit)
     plan = pruner.plan(unit, 0)
     kept = {name: cut.keep for cut in plan.cuts for name, dim in cut.slices if dim == 1}
     channels = kept["student.model.rpn.head.conv.0.0.weight"]
@@ -156,5 +157,5 @@ def test_a_two_stage_student_is_cut_with_its_roi_head(build_two_stage, images, t
     assert predictor.cls_score.out_features == 3 and predictor.bbox_pred.out_features == 12
     with torch.no_grad():
         taught = teacher(images)
-    unit(images, targets, taught)[0].backward()
+    unit(images, targets, {"teacher": Lesson(taught, targets)})[0].backward()
     assert [name for name, p in unit.named_parameters() if p.grad is None] == []
