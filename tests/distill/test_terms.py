@@ -349,5 +349,5 @@ def test_heads_without_counterparts_are_refused(build_tiny):
             TERMS[name](one, nine)
     none = build_tiny()
     none.anchors = 0
-    with pytest.raises(ValueError, match="needs two dense heads.* the student, test_resnet, has none"):
+    with pytest.raises(ValueError, match=r"needs two dense heads.* the student, test_resnet, has none"):
         BoxMimicTerm(none, none)
