@@ -7,6 +7,8 @@ from distill.schema import LOSSES
 from students.artifact import FAMILIES
 from students.backbone import WEIGHT_PACKAGES
 from students.pyramid import NECKS
+from students.torchvision_families.backbone import MOBILENET, RESNETS
+from students.torchvision_families.faster_rcnn import MOBILENET_320
 
 
 def catalog() -> dict[str, list[str]]:
@@ -15,11 +17,16 @@ def catalog() -> dict[str, list[str]]:
         "configs": sorted(f"{path}  {summary_line(path)}" for path in Path("configs").glob("*.yaml")),
         "detectors (student.name)": sorted(FAMILIES),
         "necks (student.neck)": sorted(NECKS),
-        "backbones (student.backbone)": ["any timm model with feature maps at the strides of student.levels"],
+        "backbones (student.backbone)": [
+            "any timm model with feature maps at the strides of student.levels",
+            f"of torchvision's detectors: {', '.join(RESNETS)}; of faster_rcnn also {MOBILENET}, {MOBILENET_320}",
+        ],
         "weights (student.weights)": [
             "none",
-            "imagenet  from timm's hub; " + ", ".join(sorted(WEIGHT_PACKAGES)) + " from the [weights] extra, offline",
-            "PATH  a .pth or .safetensors file with timm's names",
+            "imagenet  from timm's hub; " + ", ".join(sorted(WEIGHT_PACKAGES)) + " from the [weights] extra, offline; "
+            "of torchvision's detectors from torchvision's",
+            "coco  of torchvision's detectors, from its hub",
+            "PATH  a .pth or .safetensors file with timm's, or torchvision's names",
         ],
         "losses (losses.*.name)": [
             f"{name}  {family}"
