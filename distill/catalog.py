@@ -8,6 +8,8 @@ from students.artifact import FAMILIES
 from students.backbone import WEIGHT_PACKAGES
 from students.dense import HEADS
 from students.pyramid import NECKS
+from students.torchvision_families.backbone import MOBILENET, RESNETS
+from students.torchvision_families.faster_rcnn import MOBILENET_320
 
 
 def catalog() -> dict[str, list[str]]:
@@ -17,11 +19,16 @@ def catalog() -> dict[str, list[str]]:
         "detectors (student.name)": sorted(FAMILIES),
         "necks (student.neck)": sorted(NECKS),
         "heads (student.head)": sorted(HEADS),
-        "backbones (student.backbone)": ["any timm model with feature maps at the strides of student.levels"],
+        "backbones (student.backbone)": [
+            "any timm model with feature maps at the strides of student.levels",
+            f"of torchvision's detectors: {', '.join(RESNETS)}; of faster_rcnn also {MOBILENET}, {MOBILENET_320}",
+        ],
         "weights (student.weights)": [
             "none",
-            "imagenet  from timm's hub; " + ", ".join(sorted(WEIGHT_PACKAGES)) + " from the [weights] extra, offline",
-            "PATH  a .pth or .safetensors file with timm's names",
+            "imagenet  from timm's hub; " + ", ".join(sorted(WEIGHT_PACKAGES)) + " from the [weights] extra, offline; "
+            "of torchvision's detectors from torchvision's",
+            "coco  of torchvision's detectors, from its hub",
+            "PATH  a .pth or .safetensors file with timm's, or torchvision's names",
         ],
         "losses (losses.*.name)": [
             f"{name}  {family}"

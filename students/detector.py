@@ -107,7 +107,8 @@ class Detector(nn.Module, ABC):
         Args:
             output: what `forward` returned for the batch.
             targets: one dict an image: `boxes` (N, 4) xyxy in input pixels and `labels` (N,) int64; N may be 0.
-                Where they are another detector's, also `scores` (N,) in [0, 1]: how sure of each it is.
+                Where they are another detector's, also `scores` (N,) in [0, 1]: how sure of each it is; a family may
+                count each in full.
         """
 
     @abstractmethod

@@ -250,7 +250,7 @@ def test_list_names_what_a_config_can(run, monkeypatch, repository):
     assert status == 0 and err == ""
     entries = [line.strip() for line in out.splitlines()]
     for name in ("configs/quickstart.yaml  Drawn scenes", "dense", "fpn", "pan", "none", "imagenet", "dense_sigmoid",
-                 "plain_mimic", "pkd", "attention_transfer", "group_l1"):  # fmt: skip
+                 "faster_rcnn", "coco", "roi_kd", "plain_mimic", "pkd", "attention_transfer", "group_l1"):  # fmt: skip
         assert any(entry.startswith(name) for entry in entries), name
 
 

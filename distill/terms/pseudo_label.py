@@ -14,7 +14,8 @@ class PseudoLabelTerm(KnowledgeTerm):
 
     The student's own assigner says which location answers for which detection, so heads, strides and levels of the two
     need have nothing in common. Soft, since a detection of score s asks for s times the quality that a true object
-    would ask for.
+    would ask for. torchvision's losses know no such thing: with a student of theirs, all that are not left out count
+    as true objects.
 
     Args:
         student: any detector.

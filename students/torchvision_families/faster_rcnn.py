@@ -174,7 +174,9 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
         The boxes are spread evenly over the levels that the head looks at, so that none of it depends on the data.
         """
         heads, rpn = self.model.roi_heads, self.model.rpn
-        num_boxes = rpn._post_nms_top_n["testing"] if num_boxes is None else num_boxes
+        if num_boxes is None:
+            candidates = sum(min(len(level), rpn._pre_nms_top_n["testing"]) for level in output.anchor_boxes)
+            num_boxes = min(candidates, rpn._post_nms_top_n["testing"])
         levels, size = output.features[:-1], heads.box_roi_pool.output_size
         batch, channels = levels[0].shape[:2]
         pooled = levels[0].new_zeros(batch * num_boxes, channels, *size)

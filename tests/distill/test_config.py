@@ -1,3 +1,4 @@
+import inspect
 import re
 
 import pytest
@@ -5,6 +6,8 @@ import yaml
 
 from distill.config import check_config, load_config, override, read_yaml
 from distill.errors import UserError
+from distill.schema import DETECTORS
+from students import FAMILIES
 
 
 def refused(settings, message):
@@ -94,6 +97,16 @@ def test_overrides_that_are_none(write, override, message):
         (
             "student=resnet18",
             "student: found 'resnet18'; a section is needed, with keys of its own such as in configs/*.yaml",
+        ),
+        (
+            "student.name=retinaned",
+            "student: name 'retinaned' is not allowed, did you mean retinanet; choose name: 'dense', 'fcos', ",
+        ),
+        ("student={name: fcos, chanels: 64}", "student.chanels: no such key; did you mean student.channels?"),
+        ("student={name: ssd300, backbone: vgg16}", "student.backbone: no such key; allowed: weights, "),
+        (
+            "teacher.detector={name: faster_rcnn, version: 3}",
+            "teacher.detector.version: 3 is not allowed; choose 1 or 2",
         ),
         (
             "losses.soft_label.name=dense_sigmoit",
@@ -186,6 +199,24 @@ def test_a_file_that_does_not_exist_comes_with_a_near_one(write, tmp_path):
     write()
     with pytest.raises(UserError, match=rf"b\.yaml: no such config file; .* did you mean {tmp_path}/a\.yaml\?$"):
         load_config(tmp_path / "b.yaml")
+
+
+def test_a_detector_is_dense_unless_it_says_otherwise(write):
+    assert load_config(write()).student.name == "dense"
+    config = load_config(write(), ["student={name: mask_rcnn, backbone: resnet18}"])
+    assert (config.student.name, config.student.version) == ("mask_rcnn", 1)
+    assert config.teacher.detector.name == "dense"
+
+
+def test_settings_of_detectors_are_arguments_of_their_families():
+    for model in DETECTORS:
+        for name in model.model_fields["name"].annotation.__args__:
+            arguments = inspect.signature(FAMILIES[name]).parameters
+            for field, info in model.model_fields.items():
+                if field != "name" and not info.is_required():
+                    default = arguments[field].default
+                    assert (list(default) if isinstance(default, tuple) else default) == info.default, (name, field)
+    assert {name for model in DETECTORS for name in model.model_fields["name"].annotation.__args__} == set(FAMILIES)
 
 
 def test_every_shipped_config_is_valid_and_says_what_it_is(repository):

@@ -72,3 +72,11 @@ def test_decay_acts_on_weights_alone(net):
     assert torch.allclose(after["head.weight"], before["head.weight"] * 0.95)
     assert torch.equal(after["backbone.1.weight"], before["backbone.1.weight"])
     assert torch.equal(after["backbone.0.bias"], before["backbone.0.bias"])
+
+
+def test_a_pyramid_that_torchvision_keeps_in_the_backbone_has_the_whole_rate():
+    module = nn.ModuleDict({"backbone": nn.ModuleDict({"body": nn.Linear(2, 2), "fpn": nn.Linear(2, 2)})})
+    optimizer = build_optimizer(module, lr=1.0, backbone_lr=0.1, weight_decay=0.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in module.named_parameters() if name.endswith("weight")}
+    assert found == {"backbone.body.weight": 0.1, "backbone.fpn.weight": 1.0}

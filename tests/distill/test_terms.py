@@ -66,6 +66,7 @@ def test_levels_meet_at_equal_strides():
     assert match_levels((8, 16, 32), (8, 16, 32)) == [(0, 0), (1, 1), (2, 2)]
     assert match_levels((8, 16, 32), (4, 8, 16)) == [(0, 1), (1, 2)]
     assert match_levels((32, 64), (8, 16, 32)) == [(0, 2)]
+    assert match_levels((32, 32, 64), (16, 32, 64)) == [(1, 1), (2, 2)]  # of two as coarse, the later one
     with pytest.raises(ValueError, match=r"strides \[8, 16\]\) and the teacher's \(\[32, 64\]\) have none in common;"):
         match_levels((8, 16), (32, 64))
 

@@ -20,6 +20,14 @@ def test_what_fits_is_taken_and_the_rest_stays(build_tiny):
     assert not any(p.data_ptr() == q.data_ptr() for p, q in zip(student.head.parameters(), teacher.head.parameters()))
 
 
+def test_parts_within_parts(build_tiny):
+    student, teacher = build_tiny(), build_tiny(seed=1)
+    taken = inherit(student, teacher, ["neck.laterals"])
+    assert torch.equal(student.neck.laterals[0][0].weight, teacher.neck.laterals[0][0].weight)
+    assert not torch.equal(student.neck.outputs[0][0].weight, teacher.neck.outputs[0][0].weight)
+    assert list(taken) == ["neck.laterals"]
+
+
 def test_what_cannot_be_inherited_is_said(build_tiny):
     with pytest.raises(ValueError, match="no part 'nek'; it has backbone, neck, head"):
         inherit(build_tiny(), build_tiny(), ["nek"])
