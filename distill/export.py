@@ -22,7 +22,7 @@ from distill.exported import (
     SUFFIXES,
     DeployedDetector,
     ExportedDetector,
-    check_extra,
+    check_onnx,
     is_ours,
     trace,
     write_onnx,
@@ -58,7 +58,7 @@ def export(args: argparse.Namespace) -> None:
     if args.opset is not None and args.format != "onnx":
         raise UserError(f"--opset: is ONNX's; leave it out with --format {args.format}")
     if args.format == "onnx":
-        check_extra(("onnx", "onnxruntime", "onnxscript"))
+        check_onnx(args.opset)
     detector = open_folder(args.folder)
     file = args.output or args.folder.parent / f"{args.folder.resolve().name}{SUFFIXES[args.format]}"
     check_free(file, args.format)

@@ -87,7 +87,6 @@ class ExportedDetector(nn.Module):
         if not file.is_file():
             raise UserError(f"{file}: no such file; make it with python -m distill.export runs/x/student")
         read = _read_onnx if file.suffix == SUFFIXES["onnx"] else _read_pt2
-        # no submodule: an exported program refuses to be put in eval mode, which it always is
         self._run, self.info, self.device = read(file, threads or torch.get_num_threads())
         if not self.info:
             raise UserError(f"{file}: was not made by distill.export, so its classes and outputs are unknown")
@@ -172,9 +171,6 @@ def write_onnx(
     """
     import onnx
 
-    newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not 1 <= opset <= newest:
-        raise UserError(f"--opset: found {opset}; the installed onnx knows 1 to {newest}")
     try:
         with torch.no_grad(), _quiet():
             exported = torch.onnx.export(
@@ -187,10 +183,10 @@ def write_onnx(
         raise UserError(f"--format onnx: ONNX cannot hold this detector ({reason}); try --format pt2") from error
     version = next(entry.version for entry in model.opset_import if not entry.domain)
     if opset is not None and version != opset:
-        lacking = [
-            kind for kind in sorted({node.op_type for node in model.graph.node}) if not _knows(onnx, kind, opset)
-        ]
-        what = f"it lacks {', '.join(lacking)}" if lacking else "its operators could not be converted"
+        operators = sorted({node.op_type for node in model.graph.node})
+        lacking = [operator for operator in operators if not _since(onnx, operator, opset)]
+        newer = [operator for operator in operators if _since(onnx, operator, version) > opset]
+        what = f"it lacks {', '.join(lacking)}" if lacking else f"its {', '.join(newer)} cannot be converted back"
         raise UserError(f"--opset: {opset} cannot hold this detector, {what}; say --opset {version}, or leave it out")
     _name_sizes(model, info)
     for node in model.graph.node:
@@ -202,16 +198,22 @@ def write_onnx(
 def is_ours(file: Path) -> bool:
     """Whether a file was made by this module."""
     try:
-        return bool(_read_info(file))
+        with _quiet():
+            return bool(_read_info(file))
     except Exception:  # whatever a reader says to a file of another kind
         return False
 
 
-def check_extra(packages: tuple[str, ...]) -> None:
-    """Raises a UserError where a package of the `[export]` extra is missing."""
+def check_onnx(opset: int | None = None, packages: tuple[str, ...] = ("onnx", "onnxruntime", "onnxscript")) -> None:
+    """Raises a UserError where a package of the `[export]` extra is missing, or no ONNX has that opset."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}; install it: python -m pip install -e '.[export]'")
+    if opset is not None:
+        from onnx.defs import onnx_opset_version
+
+        if not 1 <= opset <= onnx_opset_version():
+            raise UserError(f"--opset: found {opset}; the installed onnx knows 1 to {onnx_opset_version()}")
 
 
 def _with_fixed_padding(deployed: DeployedDetector) -> DeployedDetector:
@@ -263,11 +265,12 @@ def _from_metadata(found: dict[str, str]) -> dict[str, Any]:
 
 
 def _read_onnx(file: Path, threads: int):
-    check_extra(("onnxruntime",))
+    check_onnx(packages=("onnxruntime",))
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what fails raises; it need not be told on standard error too
     # its threads would else spin on after a pass and take the cores from whoever is measured next
     options.add_session_config_entry("session.force_spinning_stop", "1")
     wanted = ("CUDAExecutionProvider",) if torch.cuda.is_available() else ()
@@ -291,14 +294,17 @@ def _read_pt2(file: Path, threads: int):
             program = torch.export.load(file, extra_files=extra)
     except Exception as error:  # zip errors, unknown operators, other versions
         raise UserError(f"{file}: cannot be read as an exported program ({_reason(error)})") from error
-    return program.module(), json.loads(extra[_INFO] or "{}"), torch.device("cpu")
+    module = program.module()
+    # a function, no submodule: a traced program refuses to be put in eval mode, in which it always is
+    return lambda images: module(images), json.loads(extra[_INFO] or "{}"), torch.device("cpu")
 
 
-def _knows(onnx, operator: str, opset: int) -> bool:
+def _since(onnx, operator: str, opset: int) -> int:
+    """The opset since which an operator is what it is at `opset`; 0 where that one has none of its name."""
     try:
-        return bool(onnx.defs.get_schema(operator, opset))
+        return onnx.defs.get_schema(operator, opset).since_version
     except onnx.defs.SchemaError:
-        return False
+        return 0
 
 
 def _name_sizes(model, info: dict[str, Any]) -> None:

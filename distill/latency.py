@@ -20,7 +20,7 @@ import torch
 from distill.artifact import input_size, open_detector
 from distill.errors import UserError, exit_status
 from distill.export import write
-from distill.exported import OUTPUTS, DeployedDetector, ExportedDetector, check_extra
+from distill.exported import OUTPUTS, DeployedDetector, ExportedDetector, check_onnx
 from distill.measure import time_in_turns
 from distill.report import Report, counted
 
@@ -61,7 +61,11 @@ def main() -> int:
 
 def measure(args: argparse.Namespace) -> None:
     """Times all candidates in turns, batch size by batch size, and prints the table."""
-    for name, values in (("batch", args.batch), ("repeats", [args.repeats]), ("threads", [args.threads or 1])):
+    for name, values in (
+        ("batch", args.batch),
+        ("repeats", [args.repeats]),
+        ("threads", [1 if args.threads is None else args.threads]),
+    ):
         if min(values) < 1:
             raise UserError(f"--{name}: found {min(values)}; at least 1 is needed")
     if args.json and not args.json.parent.is_dir():
@@ -118,7 +122,7 @@ def build(path: Path, runtimes: list[str], outputs: str, batch: int, threads: in
     for runtime in runtimes:
         title = f"{path} {runtime}"
         if runtime == "onnx":
-            check_extra(("onnx", "onnxruntime", "onnxscript"))
+            check_onnx()
             exported = _exported(deployed.to(cpu), image_size, batch, threads)
             candidates.append(Candidate(title, exported, image_size, exported.device))
         elif runtime == "compiled":

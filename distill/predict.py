@@ -104,7 +104,7 @@ def predict_all(path: Path, images: Path, output: Path, threshold: float) -> Non
     total = counted(counts.total(), "detection") + (f" ({classes})" if classes else "")
     report.say(f"{counted(len(entries), 'image')}, {total}, in {output}; boxes in {output / FOUND}")
     if num_others:
-        report.say(f"{counted(num_others, 'file')} skipped that are no images ({', '.join(IMAGE_SUFFIXES)})")
+        report.say(f"skipped {counted(num_others, 'file')} of other kinds than {', '.join(IMAGE_SUFFIXES)}")
     if unreadable:
         report.warn(f"{counted(len(unreadable), 'image')} cannot be read: {', '.join(sorted(unreadable))}")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.measure import count_macs, count_parameters, eval_mode, measure_latency
+from distill.measure import count_macs, count_parameters, eval_mode, measure_latency, time_in_turns
 
 
 def test_parameters_count_once_and_frozen_ones_too():
@@ -63,6 +63,18 @@ def test_latency_is_the_median_after_the_warmup():
     # One slow pass warms up and one of four is an outlier: the mean would be over 80 ms.
     assert 10 <= measure_latency(model, (6, 4), batch=2, warmup=1, repeats=4) < 60
     assert model.calls == [((2, 3, 6, 4), False, True)] * 5
+
+
+def test_candidates_take_turns():
+    order = []
+
+    def candidate(name, seconds):
+        return lambda: (order.append(name), time.sleep(seconds))
+
+    cpu = torch.device("cpu")
+    slow, quick = time_in_turns([candidate("a", 0.02), candidate("b", 0)], warmup=1, repeats=2, device=cpu)
+    assert "".join(order) == "ab" + "aabb" * 2  # each turn begins with a pass that does not count
+    assert len(slow) == len(quick) == 2 and min(slow) >= 20 > max(quick)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
