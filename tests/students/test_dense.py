@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from students import DenseOutput, Detector
-from students.locations import grid_locations
+from students.locations import _grid_locations, grid_locations
 
 
 def normalisers(detector):
@@ -188,7 +188,7 @@ def test_output_layers_are_those_that_mean_something_by_position(build_tiny):
 
 
 def test_locations_are_cell_centres_also_when_cached_in_inference_mode():
-    grid_locations.cache_clear()
+    _grid_locations.cache_clear()
     with torch.inference_mode():
         grid_locations(((1, 2), (1, 1)), (8, 16), torch.device("cpu"))
     locations, strides = grid_locations(((1, 2), (1, 1)), (8, 16), torch.device("cpu"))
