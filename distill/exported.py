@@ -186,7 +186,8 @@ def write_onnx(
         operators = sorted({node.op_type for node in model.graph.node})
         lacking = [operator for operator in operators if not _since(onnx, operator, opset)]
         newer = [operator for operator in operators if _since(onnx, operator, version) > opset]
-        what = f"it lacks {', '.join(lacking)}" if lacking else f"its {', '.join(newer)} cannot be converted back"
+        some = ", ".join(newer[:5]) + (", ..." if len(newer) > 5 else "")
+        what = f"it lacks {', '.join(lacking)}" if lacking else f"{some} cannot be converted back to it"
         raise UserError(f"--opset: {opset} cannot hold this detector, {what}; say --opset {version}, or leave it out")
     _name_sizes(model, info)
     for node in model.graph.node:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from distill.artifact import input_size, open_detector
@@ -75,7 +76,7 @@ def predict_all(path: Path, images: Path, output: Path, threshold: float) -> Non
         raise UserError(f"--threshold: found {threshold:g}; a score from 0 to 1 is needed")
     check_free(output)
     files, num_others = find_images(images, output)
-    detector = open_detector(path)
+    detector = open_detector(path).to("cuda" if torch.cuda.is_available() else "cpu")
     root = images if images.is_dir() else images.parent
     entries: list[dict[str, Any]] = []
     unreadable: dict[str, str] = {}
