@@ -1,11 +1,13 @@
 """What machines do in the middle of a run, in words that say what to change."""
 
 import errno
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from distill.data import being_read
 from distill.errors import UserError
@@ -46,11 +48,21 @@ def in_plain_words(config: Config, loader: DataLoader) -> Iterator[None]:
 
 
 def _loader_died(config: Config, loader: DataLoader) -> UserError:
+    abandon_loaders()
     files = ", ".join(being_read(loader)) or "an unknown image"
     return UserError(
         f"data.workers: a process that loads images died while these were read: {files}; look at the files, or lower "
         f"data.workers from {config.data.workers} if memory is short, and {_resume(config)}"
     )
+
+
+def abandon_loaders() -> None:
+    """Ends all processes that load images, at once: a dead one may hold a lock that a tidy end would wait for."""
+    for thing in gc.get_objects():
+        if type(thing) is _MultiProcessingDataLoaderIter:
+            thing._shutdown = True
+            for worker in thing._workers:
+                worker.kill()
 
 
 def _resume(config: Config) -> str:

@@ -55,4 +55,5 @@ def test_a_loader_process_that_dies_names_the_image(config):
         os.kill(iterator._workers[0].pid, signal.SIGKILL)
         time.sleep(30)  # torch tells of it by a signal
     said = str(raised.value)
+    assert iterator._shutdown  # or its end could wait for a lock that the dead process holds
     assert said.startswith("data.workers: a process") and "scenes/images/" in said and "\n" not in said
