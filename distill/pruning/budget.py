@@ -12,16 +12,24 @@ from students import Detector, Plan
 from students.plan import apply_plan, named_tensors
 
 
-def keep_counts(scores: Sequence[Tensor], threshold: float, round_to: int, floors: Sequence[int]) -> list[int]:
+def keep_counts(
+    scores: Sequence[Tensor],
+    threshold: float,
+    round_to: int,
+    floors: Sequence[int],
+    sizes: Sequence[int] | None = None,
+) -> list[int]:
     """How many channels of each group stay when those that score below a global threshold go.
 
     A count is rounded to the nearest multiple of `round_to` that is not below the group's floor, and never more than
-    there are; a group that loses nothing keeps the width it has.
+    there are; a group that loses nothing keeps the width it has. Where one of a group's channels stands for several
+    of its layer (`sizes`), multiples and floors are of the layer's.
     """
     counts = []
-    for score, floor in zip(scores, floors):
+    for score, floor, size in zip(scores, floors, sizes or [1] * len(scores)):
         wanted = int((score >= threshold).sum())
-        nearest = max(round(wanted / round_to), math.ceil(floor / round_to)) * round_to
+        step = round_to // math.gcd(round_to, size)
+        nearest = max(round(wanted / step), math.ceil(floor / size / step)) * step
         counts.append(min(nearest, len(score)) if wanted < len(score) else wanted)
     return counts
 
@@ -30,15 +38,14 @@ def make_plan(
     groups: Sequence[ChannelGroup], scores: Sequence[Tensor], counts: Sequence[int], tensors: dict[str, Tensor]
 ) -> Plan:
     """The plan that leaves each group its `counts` best channels."""
-    removed: dict[tuple[str, int], set[int]] = {}
+    removed: dict[tuple[str, int | None], set[int]] = {}
     for group, score, count in zip(groups, scores, counts):
         lowest = torch.argsort(score, stable=True)[: group.width - count]
         gone = set(lowest.tolist())
         if not gone:
             continue
-        for member in group.members:
-            indices = {p for p, channel in zip(member.positions, member.channels) if channel in gone}
-            removed.setdefault((member.name, member.dim), set()).update(indices)
+        for spot, indices in group.entries(gone).items():
+            removed.setdefault(spot, set()).update(indices)
     return Plan.from_removed(removed, tensors)
 
 
@@ -80,7 +87,8 @@ def meet_macs(
 
     # thresholds between two scores cut alike, so bisect over the scores themselves
     thresholds = torch.unique(torch.cat([*scores, torch.tensor([float("inf")])])).tolist()
-    counts_at = lambda n: keep_counts(scores, thresholds[n], round_to, floors)  # noqa: E731
+    sizes = [group.size for group in groups]
+    counts_at = lambda n: keep_counts(scores, thresholds[n], round_to, floors, sizes)  # noqa: E731
     low, high = 0, len(thresholds) - 1
     best = attempt(counts_at(high))
     while low < high:

@@ -122,7 +122,7 @@ class Pruner:
         return self._meet(unit, groups, [torch.zeros(group.width) for group in groups], 0.0)[1]
 
     def _meet(self, unit: Distiller, groups: list[ChannelGroup], scores: list[Tensor], macs: float) -> tuple[Plan, int]:
-        floors = [max(self.round_to, math.ceil(self.floor * self._uncut_width(group))) for group in groups]
+        floors = [max(self.round_to, math.ceil(self.floor * self._uncut_width(group) * group.size)) for group in groups]
         count = lambda student: count_macs(student, self.image_size)  # noqa: E731
         return meet_macs(unit, unit.student, groups, scores, macs, count, self.round_to, floors)
 
