@@ -20,7 +20,7 @@ FIXED = 0  # the label of an index, among others that are channels, where there 
 
 
 class Entry(NamedTuple):
-    """One index of one dimension of a parameter or buffer; the first entry of all stands for `FIXED`."""
+    """One index of one dimension of a parameter or buffer; without a name for `FIXED` and what `Channels.new` makes."""
 
     name: str
     dim: int
@@ -55,17 +55,19 @@ class Channels:
         """Labels of each dimension; those of a parameter or buffer are new when it is first met."""
         if id(tensor) not in self._labels:
             name = self._names.get(id(tensor))
-            self[tensor] = [None if name is None else self._new(name, dim, n) for dim, n in enumerate(tensor.shape)]
+            # the places within a kernel are no channels; of a single index nothing can go
+            named = [name and n > 1 and (dim < 2 or tensor.dim() < 4) for dim, n in enumerate(tensor.shape)]
+            self[tensor] = [self.new(name, dim, tensor.shape[dim]) if has else None for dim, has in enumerate(named)]
         return self._labels[id(tensor)]
 
     def __setitem__(self, tensor: Tensor, labels: Labels) -> None:
         for size, label in zip(tensor.shape, labels, strict=True):
             assert label is None or len(label) == size, f"{tuple(tensor.shape)} cannot have {len(label)} labels"
-        # of a single index nothing can go
         self._labels[id(tensor)] = [None if n == 1 else label for n, label in zip(tensor.shape, labels)]
         self._alive.append(tensor)
 
-    def _new(self, name: str, dim: int, size: int) -> np.ndarray:
+    def new(self, name: str, dim: int, size: int) -> np.ndarray:
+        """Labels that nothing has yet; without a name they belong to no tensor, but follow what they turn out to meet."""
         start = len(self.entries)
         self.entries += [Entry(name, dim, index) for index in range(size)]
         return np.arange(start, start + size)

@@ -18,6 +18,8 @@ from distill.pruning.channels import Channels, Entry
 from distill.pruning.trace import Rehearsal, Tracer
 from students.plan import Plan, apply_plan, named_tensors
 
+OUTPUT = "what it gives means something by its place"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -69,7 +71,7 @@ class ChannelGraph:
     Attributes:
         groups: all channels that may go; those that run through most layers first, of these the ones nearest to the
             outputs.
-        whole: why a layer keeps all its outputs, by its name.
+        whole: why other layers than the output layers keep outputs, by the layer's name.
     """
 
     groups: list[ChannelGroup]
@@ -102,7 +104,7 @@ def trace_channels(unit: Distiller, image_size: tuple[int, int]) -> ChannelGraph
     known = tracer.channels
     for layer in skeleton.output_layers:
         for tensor in layer.parameters(recurse=False):
-            known.freeze([known[tensor][0]], "what it gives means something by its place")
+            known.freeze([known[tensor][0]], OUTPUT)
     channel_of = known.resolve()
     while True:
         bundles = _bundle(known, channel_of)
@@ -129,7 +131,7 @@ def _bundle(known: Channels, channel_of: np.ndarray) -> list[Bundle]:
     frozen = set(channel_of[list(known.frozen)].tolist())
     free: Bundle = {}
     for entry, channel in zip(known.entries, channel_of.tolist()):
-        if channel not in frozen:
+        if channel not in frozen and entry.name:
             free.setdefault(channel, []).append(entry)
     bundles: dict[tuple, Bundle] = {}
     for channel, entries in free.items():
@@ -202,12 +204,15 @@ def _blame(tracer: Tracer, channel_of: np.ndarray, number: int) -> None:
     """
     known = tracer.channels
     frozen = channel_of[list(known.frozen)]
-    for step in sorted(tracer.steps, key=lambda step: (abs(step.number - number), step.number)):
+    near = sorted(tracer.steps, key=lambda step: (abs(step.number - number), step.number))
+    reason = f"the code of {known.place(near[0].module)} counts on its width"
+    for step in near:
         if np.isin(channel_of[np.concatenate(step.labels)], frozen).all():
             continue
+        code = type(step.module)
+        of_torch = code.__module__.startswith("torch.nn.")  # right in itself: the fault is in what calls it
         for other in tracer.steps:
-            if (other.operation, type(other.module)) == (step.operation, type(step.module)):
-                reason = f"{other.operation} counts on a width that cannot change, in {known.place(other.module)}"
+            if other is step or (not of_torch and (other.operation, type(other.module)) == (step.operation, code)):
                 known.freeze(other.labels, reason)
         return
     raise ValueError("its code does not run twice alike")
@@ -223,5 +228,7 @@ def _left_whole(known: Channels, channel_of: np.ndarray, bundles: Sequence[Bundl
     for (name, dim, _), channel in zip(known.entries, channel_of.tolist()):
         layer, _, leaf = name.rpartition(".")
         if channel not in free and dim == 0 and leaf == "weight" and layer.startswith("student."):
-            whole.setdefault(layer, reasons.get(channel, "its channels can only go all at once"))
+            reason = reasons.get(channel, "its channels can only go all at once")
+            if reason != OUTPUT:
+                whole.setdefault(layer, reason)
     return whole

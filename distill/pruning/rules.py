@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.pruning.channels import FIXED, Channels, Labels
 from students.plan import loses_whole_groups
@@ -56,8 +56,7 @@ def pointwise(c: Channels, args: dict[str, Any], out: Any) -> Labels:
 
 def convolution(c: Channels, args: dict[str, Any], out: Tensor) -> Labels:
     x, weight = c[args["input"]], c[args["weight"]]
-    spatial = [label for label in (*x[2:], *weight[2:]) if label is not None]
-    c.freeze(spatial, f"a convolution runs along it, in {c.here}")
+    c.freeze([*x[2:], *weight[2:]], f"a convolution runs along it, in {c.here}")
     made, read = (weight[1], weight[0]) if args["transposed"] else weight[:2]
     groups = args["groups"]
     if groups > 1:
@@ -76,6 +75,8 @@ def _grouped(
     if args["transposed"] or x is None or made is None:
         c.freeze([x, made, read], f"a grouped convolution in {c.here}")
         return made
+    if not isinstance(c.running[-1], nn.modules.conv._ConvNd):  # code of its own, such as a blur, keeps the number
+        c.follow_numbers([x])
     inputs, outputs = x.reshape(groups, -1), made.reshape(groups, -1)
     if loses_whole_groups(args["weight"]):
         c.same(inputs, inputs[:, :1])
@@ -96,14 +97,15 @@ def batch_norm(c: Channels, args: dict[str, Any], out: Sequence[Tensor]) -> list
 
 
 def group_norm(c: Channels, args: dict[str, Any], out: Sequence[Tensor]) -> list[Labels]:
-    x = c[args["input"]]
+    x, sets = c[args["input"]], None
     if args["group"] > 1 and x[1] is not None:  # one group is a layer norm: each channel may go by itself
         sets = x[1].reshape(args["group"], -1)
         c.same(sets, sets[:, :1])
+        sets = sets[:, 0]
     for key in ("weight", "bias"):
         if args[key] is not None and x[1] is not None:
             c.same(x[1], c[args[key]][0])
-    return [x, *([None] * o.dim() for o in tensors_in(out)[1:])]
+    return [x, *([None, sets] for _ in tensors_in(out)[1:])]
 
 
 def layer_norm(c: Channels, args: dict[str, Any], out: Sequence[Tensor]) -> list[Labels]:
@@ -203,9 +205,14 @@ def _carrier(grid: np.ndarray) -> int:
 
 
 def expand(c: Channels, args: dict[str, Any], out: Tensor) -> Labels:
+    """What is repeated is repeated as often as there are channels in what it meets."""
     x = args["self"]
-    labels = [label if size == new else None for label, size, new in zip(c[x], x.shape, out.shape[-x.dim() :])]
-    return [None] * (out.dim() - x.dim()) + labels if x.dim() else [None] * out.dim()
+    labels = [None] * (out.dim() - x.dim()) + c[x]
+    sizes = [1] * (out.dim() - x.dim()) + list(x.shape)
+    return [
+        label if old == size else c.new("", dim, size)
+        for dim, (label, old, size) in enumerate(zip(labels, sizes, out.shape))
+    ]
 
 
 def permute(c: Channels, args: dict[str, Any], out: Tensor) -> Labels:

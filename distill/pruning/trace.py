@@ -52,14 +52,18 @@ class Tracer(TorchDispatchMode):
 
     def run(self, image: Tensor) -> None:
         """Traces the unit as it is, where the image is; best on the meta device."""
-        enter = lambda module, _: self.channels.running.append(module)  # noqa: E731
-        leave = lambda *_: self.channels.running.pop() and None  # noqa: E731
-        hooks = [part.register_forward_pre_hook(enter) for part in self.unit.modules()]
-        hooks += [part.register_forward_hook(leave) for part in self.unit.modules()]
+        hooks = [part.register_forward_pre_hook(self._enter) for part in self.unit.modules()]
+        hooks += [part.register_forward_hook(self._leave) for part in self.unit.modules()]
         with torch.no_grad(), self:
             self.unit.traced_outputs(image)
         for hook in hooks:
             hook.remove()
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        self.channels.running.append(module)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.channels.running.pop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self._number += 1
@@ -70,7 +74,7 @@ class Tracer(TorchDispatchMode):
     def _follow(self, function: Any, args: dict[str, Any], out: Any) -> None:
         channels, name, outputs = self.channels, operation_name(function), tensors_in(out)
         inputs = [label for x in tensors_in(args) for label in channels[x] if label is not None]
-        if not inputs:
+        if not inputs and name != "expand":
             return
         rule = find_rule(function)
         if rule is None:
