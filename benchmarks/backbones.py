@@ -91,7 +91,7 @@ def build(name: str) -> tuple[students.Detector, tuple[int, int]]:
     settings = {"class_names": ["a"], "backbone": name, "channels": 32, "head_depth": 1}
     try:
         detector = students.build("dense", **settings, levels=(3, 4, 5))
-    except ValueError:
+    except ValueError:  # some have no map at stride 8
         detector = students.build("dense", **settings, levels=(4, 5))
     skeleton = copy.deepcopy(detector).to("meta")
     size = next((size for size in SIZES if _runs(skeleton, size)), None)

@@ -35,8 +35,7 @@ class Backbone(nn.Module):
         self.normalization = default_normalization(name)
         from_hub = weights == "imagenet" and _packaged_weights(name) is None
         try:
-            with torch.device("meta"):  # only to ask what maps it has
-                reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
         except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
             raise ValueError(f"backbone: {name} gives no feature pyramid in timm ({error}); choose another") from None
         missing = [stride for stride in strides if stride not in reductions]

@@ -77,11 +77,11 @@ def meet_macs(
     Returns:
         The plan and the MACs that it leaves; where even the heaviest plan leaves more, that one.
     """
-    tensors = named_tensors(unit)
+    tensors, skeleton = named_tensors(unit), copy.deepcopy(student).to("meta")
 
     def attempt(counts: Sequence[int]) -> tuple[Plan, int]:
         plan = make_plan(groups, scores, counts, tensors)
-        trial = copy.deepcopy(student).to("meta")
+        trial = copy.deepcopy(skeleton)
         apply_plan([(trial, plan.below("student."))])
         return plan, count_macs(trial)
 

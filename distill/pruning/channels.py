@@ -67,7 +67,7 @@ class Channels:
         self._alive.append(tensor)
 
     def new(self, name: str, dim: int, size: int) -> np.ndarray:
-        """Labels that nothing has yet; without a name they belong to no tensor, but follow what they turn out to meet."""
+        """Labels that nothing has yet; without a name they belong to no tensor and follow what they come to meet."""
         start = len(self.entries)
         self.entries += [Entry(name, dim, index) for index in range(size)]
         return np.arange(start, start + size)

@@ -13,7 +13,7 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.measure import count_macs, count_uses
 from distill.pruning.budget import meet_macs
-from distill.pruning.graph import ChannelGroup, find_groups
+from distill.pruning.graph import ChannelGroup, find_groups, trace_channels
 from distill.pruning.importance import IMPORTANCES, NEED_SALIENCY, Saliency, macs_by_channel, rank_within_group
 from distill.pruning.schedule import cuts_at, share_left
 from students.plan import Plan, apply_plan, named_tensors
@@ -75,7 +75,8 @@ class Pruner:
                 reach the target.
         """
         try:
-            groups = find_groups(unit, self.image_size)
+            graph = trace_channels(unit, self.image_size)
+            groups = graph.groups
             least = self._least(unit, groups) / self.uncut_macs
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -93,7 +94,8 @@ class Pruner:
             raise UserError(
                 f"pruning.target: {self.target} cannot be reached; with every width cut to "
                 f"{f'{self.floor:g} of itself or ' if self.floor else ''}{self.round_to} this student still has "
-                f"{least:.3f} of its MACs; raise the target, or lower pruning.round_to or pruning.floor"
+                f"{least:.3f} of its MACs{_told(graph.whole)}; raise the target, or lower pruning.round_to or "
+                "pruning.floor"
             )
 
     def plan(self, unit: Distiller, epoch: int, saliency: Saliency | None = None) -> Plan:
@@ -128,6 +130,14 @@ class Pruner:
 
     def _uncut_width(self, group: ChannelGroup) -> int:
         return self.uncut_widths.setdefault(group.name, group.width)
+
+
+def _told(whole: dict[str, str]) -> str:
+    """How many layers stay whole, and why the first of them does."""
+    if not whole:
+        return ""
+    layer, reason = next(iter(whole.items()))
+    return f" ({len(whole)} layers stay whole, first {layer}: {reason})"
 
 
 def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:

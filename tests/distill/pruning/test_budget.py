@@ -66,6 +66,19 @@ def test_counts_are_rounded_to_the_nearest_multiple():
     assert keep_counts(scores, 11.0, 1, [1] * 5) == [29, 9, 1, 1, 1]
 
 
+def test_multiples_are_of_the_layer_where_one_channel_stands_for_several():
+    scores = [torch.arange(12.0)] * 3
+    # of each channel's 1, 8 and 4 neighbours: multiples of 16, of 2 and of 4 at least 24 neighbours, 3 and 6 of them
+    assert keep_counts(scores, 7.0, 16, [24] * 3, [1, 8, 4]) == [12, 4, 8]
+    assert keep_counts(scores, 12.0, 8, [8] * 3, [1, 8, 4]) == [8, 1, 2]
+
+
+def test_a_plan_takes_numbers_along():
+    group = ChannelGroup("a", 2, (Member("a", 0, (0, 1), (0, 1)),), (Member("b.width", None, (0, 1, 2), (0, 1, 1)),))
+    plan = make_plan([group], [torch.tensor([1.0, 0])], [1], {"a": torch.zeros(2)})
+    assert plan == Plan((Cut(2, (0,), (("a", 0),)),), (("b.width", 2),))
+
+
 def test_a_plan_keeps_the_best_channels():
     score = torch.tensor([0.3, 0.1, 0.2])
     plan = make_plan([GROUP], [score], [2], TENSORS)
