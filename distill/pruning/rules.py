@@ -91,7 +91,7 @@ def _grouped(
 def batch_norm(c: Channels, args: dict[str, Any], out: Sequence[Tensor]) -> list[Labels]:
     x = c[args["input"]]
     for key in ("weight", "bias", "running_mean", "running_var"):
-        if args[key] is not None and (x[1] is not None or args[key].numel() > 1):
+        if args.get(key) is not None and (x[1] is not None or args[key].numel() > 1):
             c.same(x[1], c[args[key]][0])
     return [x, *([x[1]] if o.shape == args["input"].shape[1:2] else [None] * o.dim() for o in tensors_in(out)[1:])]
 
@@ -324,7 +324,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("_softmax", "_log_softmax", "cumsum"), along),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), fresh),
-    "native_batch_norm": batch_norm,
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"), batch_norm),
     "native_group_norm": group_norm,
     "convolution": convolution,
     "expand": expand,

@@ -374,6 +374,14 @@ STAYS = {
         lambda: Block(lambda _, x, a: a(x.reshape(-1, 4, 4, *x.shape[2:]).flatten(1, 2)[:, :16]), conv(16, 8, 1)),
         "counts on its width",
     ),
+    "halves that change places": (
+        lambda: Block(lambda _, x, a: a(torch.cat([x[:, 8:], x[:, :8]], dim=1)), conv(16, 8, 1)),
+        "counts on its width",
+    ),
+    "halves that must be alike": (
+        lambda: Block(lambda _, x, a: a(torch.cat(x.tensor_split(2, dim=1)[::-1], dim=1)), conv(16, 8, 1)),
+        "counts on its width",
+    ),
     "a constant of its width": (
         lambda: Block(lambda _, x, a: a(x + torch.arange(16, device=x.device).view(-1, 1, 1)), conv(16, 8, 1)),
         "meets a fixed width in student.body (Block)",
