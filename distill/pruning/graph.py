@@ -185,16 +185,14 @@ def _some_of_each(
 ) -> tuple[dict[tuple[str, int | None], set[int]], list[int]]:
     """What a trial cut removes, and which of all channels these are.
 
-    Some from wherever a group might be split, but more towards its end, and unlike many from groups side by side: so
-    code that reads too far, or takes halves to be alike, gives itself away.
+    The first of a group, many of its second half, and unlike many of groups side by side: so code that splits a group
+    at a place of its own, or takes halves to be alike, gives itself away.
     """
     removed: dict[tuple[str, int | None], set[int]] = {}
     gone: list[int] = []
-    generator = np.random.default_rng(0)
     for place, (group, bundle) in enumerate(zip(groups, bundles)):
-        chances = 0.1 + 0.1 * (place % 4) + np.linspace(0, 0.4, group.width)
-        some = set(np.flatnonzero(generator.random(group.width) < chances).tolist()) or {0}
-        some = some if len(some) < group.width else some - {0}
+        half = range(1, group.width)[group.width // 2 :]
+        some = {0, *(number for number in half if number % (2 + place % 3))}
         gone += [channel for number, channel in enumerate(bundle) if number in some]
         for spot, indices in group.entries(some).items():
             removed.setdefault(spot, set()).update(indices)
