@@ -36,6 +36,11 @@ class Step(NamedTuple):
         return self.inputs + [label for _, labels in self.outputs for label in labels if label is not None]
 
 
+def counts(function: Any) -> bool:
+    """Whether an operation has a number: torch puts in a detach here and there, and not in every run alike."""
+    return operation_name(function) != "detach"
+
+
 class Tracer(TorchDispatchMode):
     """Follows the channels of all that a unit computes.
 
@@ -66,7 +71,7 @@ class Tracer(TorchDispatchMode):
         self.channels.running.pop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._number += 1
+        self._number += counts(function)
         out = function(*args, **(kwargs or {}))
         self._follow(function, bind(function, args, kwargs or {}), out)
         return out
@@ -83,8 +88,9 @@ class Tracer(TorchDispatchMode):
             found = rule(channels, args, out)
             for x, labels in zip(outputs, [found] if len(outputs) == 1 else found, strict=True):
                 channels[x] = labels
-        shapes = [(tuple(x.shape), channels[x]) for x in outputs]
-        self.steps.append(Step(self._number, name, channels.running[-1], inputs, shapes))
+        if counts(function):
+            shapes = [(tuple(x.shape), channels[x]) for x in outputs]
+            self.steps.append(Step(self._number, name, channels.running[-1], inputs, shapes))
 
 
 class Rehearsal(TorchDispatchMode):
@@ -108,9 +114,9 @@ class Rehearsal(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += 1
+        self.number += counts(function)
         out = function(*args, **(kwargs or {}))
-        step = self.steps.get(self.number)
+        step = self.steps.get(self.number) if counts(function) else None
         if step is not None:
             foretold = [self._shape(*output) for output in step.outputs]
             if operation_name(function) != step.operation or [tuple(x.shape) for x in tensors_in(out)] != foretold:
