@@ -26,29 +26,45 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pruning step. It holds tensor names and indices only, so replaying it needs no tracing and no pruner."""
+    """One pruning step. It holds names and indices only, so replaying it needs no tracing and no pruner.
+
+    Attributes:
+        cuts: what stays of the tensors.
+        numbers: (dotted name, by how much it becomes less) of ints in which blocks keep a width beside their tensors,
+            such as the one at which they split their channels; `0.splits.1` is the second of a list.
+    """
 
     cuts: tuple[Cut, ...]
+    numbers: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def from_removed(cls, removed: dict[tuple[str, int], set[int]], tensors: dict[str, Tensor]) -> "Plan":
-        """From the indices that go, by (tensor name, dimension)."""
+    def from_removed(cls, removed: dict[tuple[str, int | None], set[int]], tensors: dict[str, Tensor]) -> "Plan":
+        """From the indices that go, by (tensor name, dimension); numbers have no dimension."""
         groups: dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]] = {}
+        numbers = []
         for (name, dim), gone in removed.items():
+            if dim is None:
+                numbers.append((name, len(gone)))
+                continue
             width = tensors[name].shape[dim]
             keep = tuple(i for i in range(width) if i not in gone)
             if gone:
                 groups.setdefault((width, keep), []).append((name, dim))
-        return cls(tuple(Cut(width, keep, tuple(slices)) for (width, keep), slices in groups.items()))
+        cuts = tuple(Cut(width, keep, tuple(slices)) for (width, keep), slices in groups.items())
+        return cls(cuts, tuple((name, less) for name, less in numbers if less))
 
     @classmethod
     def from_json(cls, data: list[dict[str, Any]]) -> "Plan":
-        return cls(
-            tuple(Cut(c["width"], tuple(c["keep"]), tuple((name, dim) for name, dim in c["slices"])) for c in data)
+        cuts = tuple(
+            Cut(c["width"], tuple(c["keep"]), tuple((name, dim) for name, dim in c["slices"]))
+            for c in data
+            if "keep" in c
         )
+        return cls(cuts, tuple((c["number"], c["less"]) for c in data if "number" in c))
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [{"width": c.width, "keep": list(c.keep), "slices": [list(s) for s in c.slices]} for c in self.cuts]
+        cuts = [{"width": c.width, "keep": list(c.keep), "slices": [list(s) for s in c.slices]} for c in self.cuts]
+        return [*cuts, *({"number": name, "less": less} for name, less in self.numbers)]
 
     def below(self, prefix: str) -> "Plan":
         """The part of the plan that concerns tensors under `prefix`, with the prefix taken off their names."""
@@ -56,7 +72,8 @@ class Plan:
             Cut(c.width, c.keep, tuple((n.removeprefix(prefix), d) for n, d in c.slices if n.startswith(prefix)))
             for c in self.cuts
         )
-        return Plan(tuple(cut for cut in cuts if cut.slices))
+        numbers = ((name.removeprefix(prefix), less) for name, less in self.numbers if name.startswith(prefix))
+        return Plan(tuple(cut for cut in cuts if cut.slices), tuple(numbers))
 
     def __bool__(self) -> bool:
         return bool(self.cuts)
@@ -124,7 +141,24 @@ def _stage(module: nn.Module, plan: Plan, optimizers: Sequence[Optimizer]) -> li
                     changes.append((state, key, _slice(value, cuts)))
     for owner, shapes in new_shapes.items():
         changes += [(owner, key, value) for key, value in _new_widths(owner, shapes).items()]
-    return changes
+    return changes + _stage_numbers(module, plan.numbers)
+
+
+def _stage_numbers(module: nn.Module, numbers: Sequence[tuple[str, int]]) -> list[tuple[Any, str, Any]]:
+    found: dict[tuple[nn.Module, str], Any] = {}
+    for name, less in numbers:
+        path, _, key = name.rpartition(".")
+        place = int(key) if key.isdigit() else None
+        if place is not None:
+            path, _, key = path.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+            old = found.get((owner, key), getattr(owner, key))
+            new = old - less if place is None else type(old)([*old[:place], old[place] - less, *old[place + 1 :]])
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"plan: changes the number {name!r}, which this network does not have") from error
+        found[(owner, key)] = new
+    return [(owner, key, value) for (owner, key), value in found.items()]
 
 
 def _slice(tensor: Tensor, cuts: list[tuple[int, Cut]]) -> Tensor:
@@ -135,24 +169,40 @@ def _slice(tensor: Tensor, cuts: list[tuple[int, Cut]]) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def loses_whole_groups(weight: Tensor) -> bool:
+    """Whether a grouped convolution loses groups as wholes; otherwise each group loses the same places.
+
+    Groups of up to 16 inputs go whole: single channels where it is depthwise, and the widths that their architects gave
+    to groups stay. Of wider groups (and so mostly fewer) all stay, and become narrower.
+
+    Args:
+        weight: (outputs, inputs of one group, ...) of the convolution before the cut.
+    """
+    return weight.shape[1] <= 16
+
+
 def _new_widths(module: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, Any]:
     """The width attributes that a layer keeps beside its tensors."""
     shape = shapes.get("weight")
-    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and shape is not None:
-        if module.groups > 1 and module.groups == module.in_channels:  # depthwise: one group a channel
-            groups = shape[0] * module.groups // module.out_channels
-            return {"out_channels": shape[0], "in_channels": groups, "groups": groups}
-        return {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
+    if isinstance(module, nn.modules.conv._ConvNd) and shape is not None:
+        if module.transposed:
+            return {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
+        groups = module.groups
+        if groups > 1 and loses_whole_groups(module.weight):
+            groups = shape[0] * groups // module.out_channels
+        return {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
     if isinstance(module, nn.Linear) and shape is not None:
         return {"out_features": shape[0], "in_features": shape[1]}
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return {"num_features": next(iter(shapes.values()))[0]}
     if isinstance(module, nn.GroupNorm) and shape is not None:
+        if module.num_groups == 1:
+            return {"num_channels": shape[0]}
         group_size = module.num_channels // module.num_groups
         if shape[0] % group_size:
             raise ValueError(f"plan: leaves {shape[0]} channels to a group norm with groups of {group_size}")
         return {"num_channels": shape[0], "num_groups": shape[0] // group_size}
-    if isinstance(module, nn.LayerNorm) and shape is not None:
+    if hasattr(module, "normalized_shape") and shape is not None:
         return {"normalized_shape": tuple(shape)}
     return {}
 

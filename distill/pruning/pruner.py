@@ -14,7 +14,7 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.pruning.budget import meet_budget
 from distill.pruning.cost import BUDGETS, Cost
-from distill.pruning.graph import ChannelGroup, find_groups
+from distill.pruning.graph import ChannelGroup, find_groups, trace_channels
 from distill.pruning.importance import IMPORTANCES, Evidence
 from distill.pruning.limits import Limits, layers_of
 from distill.pruning.ranking import Curve, rank_by_harm, rank_by_structure, rank_together, score_greedily
@@ -88,8 +88,8 @@ class Pruner:
                 matches nothing, a curve is missing, or no plan can reach the target.
         """
         try:
-            groups = find_groups(unit, self.image_size)
-            cost = self._cost(unit)
+            graph = trace_channels(unit, self.image_size)
+            groups, cost = graph.groups, self._cost(unit)
             self.uncut, self.uncut_widths = cost.now(), {group.name: group.width for group in groups}
             least = self._least(unit, groups, cost) / self.uncut
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
@@ -114,8 +114,8 @@ class Pruner:
             held = any(isinstance(layer, ChannelSelection) for layer in unit.output_layers)
             raise UserError(
                 f"pruning.target: {self.target} cannot be reached; cut as far as may be this student still has "
-                f"{least:.3f} of its {BUDGETS[self.budget]}; raise the target, or lower pruning.round_to "
-                f"({self.round_to}){''.join(f' or pruning.{name}' for name in named)}"
+                f"{least:.3f} of its {BUDGETS[self.budget]}{_told(graph.whole)}; raise the target, or lower "
+                f"pruning.round_to ({self.round_to}){''.join(f' or pruning.{name}' for name in named)}"
                 f"{', or choose another adapter than identity, which holds the pyramid at its width' if held else ''}"
             )
 
@@ -184,7 +184,7 @@ class Pruner:
         tensors = named_tensors(unit)
         try:
             if self.greedy:
-                return [score_greedily(self.importance, group, tensors, self.round_to) for group in groups]
+                return [score_greedily(self.importance, group, tensors, group.step(self.round_to)) for group in groups]
             return [self.importance.score(group, tensors, evidence) for group in groups]
         except ValueError as error:
             raise UserError(f"pruning.importance: {error}") from error
@@ -202,9 +202,20 @@ class Pruner:
         cost: Cost,
         done: float,
     ) -> tuple[Plan, float]:
-        bounds = [self.limits.of(group, self.uncut_widths[group.name], self.round_to, done) for group in groups]
-        floors, caps = zip(*bounds)
-        return meet_budget(groups, scores, named_tensors(unit), budget, cost.after, self.round_to, floors, caps)
+        steps = [group.step(self.round_to) for group in groups]
+        bounds = [
+            self.limits.of(group, self.uncut_widths[group.name], step, done) for group, step in zip(groups, steps)
+        ]
+        floors, caps = [low for low, _ in bounds], [high for _, high in bounds]
+        return meet_budget(groups, scores, named_tensors(unit), budget, cost.after, steps, floors, caps)
+
+
+def _told(whole: Mapping[str, str]) -> str:
+    """How many layers stay whole, and why the first of them does."""
+    if not whole:
+        return ""
+    layer, reason = next(iter(whole.items()))
+    return f" ({len(whole)} layers stay whole, first {layer}: {reason})"
 
 
 def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:
