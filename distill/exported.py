@@ -44,7 +44,7 @@ class DeployedDetector(nn.Module):
 
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
-        self.detector = detector
+        self.detector = detector.deployed()
         self.outputs = outputs
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

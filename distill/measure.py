@@ -96,6 +96,8 @@ def measure_latency(
 ) -> float:
     """Median time of a pass, see `run_whole`, in milliseconds: no decoding, no loading, in the model's own precision.
 
+    A detector is timed as it is deployed.
+
     Args:
         model: takes images (B, 3, H, W).
         image_size: (height, width) in pixels.
@@ -109,6 +111,7 @@ def measure_latency(
     """
     if repeats < 1:
         raise ValueError(f"measure_latency: repeats is {repeats}; it must be at least 1")
+    model = model.deployed() if isinstance(model, Detector) else model
     home = _blank_images(model, 0, image_size).device
     device = home if device is None else torch.device(device)
     try:

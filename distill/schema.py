@@ -87,11 +87,32 @@ class SSDConfig(TorchvisionConfig):
     name: Literal["ssd300", "ssdlite320"]
 
 
+class YOLOConfig(Section):
+    """What all YOLO detectors have."""
+
+    weights: str = "none"
+    new_head: bool = False  # start the class layers anew, whatever the weights know
+
+
+class YOLOv5Config(YOLOConfig):
+    name: Literal["yolov5"]
+    size: Literal["n", "s", "m", "l", "x"] = "s"
+    width: Positive | None = None  # multiple of size l's channels, in place of the size's own
+    depth: Positive | None = None  # likewise of its blocks
+
+
 def _dense_by_default(value: Any) -> Any:
     return {"name": "dense", **value} if isinstance(value, dict) else value
 
 
-DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig, FasterRCNNConfig, SSDConfig)
+DETECTORS: tuple[type[Section], ...] = (
+    DenseConfig,
+    FCOSConfig,
+    RetinaNetConfig,
+    FasterRCNNConfig,
+    SSDConfig,
+    YOLOv5Config,
+)
 DetectorConfig = Annotated[
     Union[DETECTORS],  # noqa: UP007
     Field(discriminator="name"),

@@ -17,6 +17,7 @@ from students.torchvision_families.faster_rcnn import FasterRCNNDetector, MaskRC
 from students.torchvision_families.fcos import FCOSDetector
 from students.torchvision_families.retinanet import RetinaNetDetector
 from students.torchvision_families.ssd import SSD300Detector, SSDLite320Detector
+from students.yolo.v5 import YOLOv5Detector
 
 FAMILIES: dict[str, type[Detector]] = {
     "dense": DenseDetector,
@@ -26,6 +27,7 @@ FAMILIES: dict[str, type[Detector]] = {
     "mask_rcnn": MaskRCNNDetector,
     "ssd300": SSD300Detector,
     "ssdlite320": SSDLite320Detector,
+    "yolov5": YOLOv5Detector,
 }
 
 RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"

@@ -88,8 +88,9 @@ class Detector(nn.Module, ABC):
 
     @property
     def title(self) -> str:
-        """What to call it in a line: the family, but for the first one, and the backbone where there is a choice."""
-        names = [self.recipe["name"], self.recipe.get("backbone", "")]
+        """What to call it in a line: the family, but for the first one, and the backbone or size where there is a
+        choice."""
+        names = [self.recipe["name"], self.recipe.get("backbone", self.recipe.get("size", ""))]
         return " ".join(name for name in names if name not in ("dense", ""))
 
     @abstractmethod
@@ -139,6 +140,11 @@ class Detector(nn.Module, ABC):
                 the same for all images.
         """
         return [level for levels in output for level in levels]
+
+    def deployed(self) -> "Detector":
+        """The detector as it is put to use: itself, or a copy in eval mode whose layers that only help training are
+        merged into others. It predicts the same, and is neither trained, cut nor saved."""
+        return self
 
     @property
     @abstractmethod
