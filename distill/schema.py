@@ -88,17 +88,20 @@ class SSDConfig(TorchvisionConfig):
 
 
 class YOLOConfig(Section):
-    """What all YOLO detectors have."""
-
+    name: Literal["yolov4", "yolov7", "yolov7_tiny"]
+    width: Positive = 1.0  # multiple of the original's channels
+    depth: Positive = 1.0  # likewise of its blocks
     weights: str = "none"
     new_head: bool = False  # start the class layers anew, whatever the weights know
 
 
-class YOLOv5Config(YOLOConfig):
+class YOLOv5Config(Section):
     name: Literal["yolov5"]
     size: Literal["n", "s", "m", "l", "x"] = "s"
     width: Positive | None = None  # multiple of size l's channels, in place of the size's own
     depth: Positive | None = None  # likewise of its blocks
+    weights: str = "none"
+    new_head: bool = False  # start the class layers anew, whatever the weights know
 
 
 def _dense_by_default(value: Any) -> Any:
@@ -112,6 +115,7 @@ DETECTORS: tuple[type[Section], ...] = (
     FasterRCNNConfig,
     SSDConfig,
     YOLOv5Config,
+    YOLOConfig,
 )
 DetectorConfig = Annotated[
     Union[DETECTORS],  # noqa: UP007

@@ -149,6 +149,25 @@ class RepConv(nn.Module):
         return nn.Sequential(conv, self.act)
 
 
+class PathAggregation(nn.Module):
+    """YOLOv4's and YOLOv7's neck: pooling on the coarsest map, then top-down and bottom-up over joined maps (PAN, arXiv
+    1803.01534). What the parts are is the network's; it has all that `forward` names."""
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Pyramid maps of strides 8, 16 and 32, from the backbone's."""
+        p3, p4, p5 = maps
+        p5 = self.pooling(p5)
+        p4 = self.down4(torch.cat((self.lateral4(p4), enlarge_to(self.reduce5(p5), p4)), dim=1))
+        p3 = self.down3(torch.cat((self.lateral3(p3), enlarge_to(self.reduce4(p4), p3)), dim=1))
+        p4 = self.up4(torch.cat((self.halve3(p3), p4), dim=1))
+        return [p3, p4, self.up5(torch.cat((self.halve4(p4), p5), dim=1))]
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each level, read from the live weights."""
+        return self.down3.out_channels, self.up4.out_channels, self.up5.out_channels
+
+
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that does what a convolution without bias and a batch norm do in eval mode."""
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()

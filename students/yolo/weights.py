@@ -111,14 +111,15 @@ def compare(
     Raises:
         ValueError: a difference; the first are shown.
     """
-    problems = list(problems)
+    first = []
     for name, tensor in wanted.items():
         if name not in found:
             if not name.endswith("num_batches_tracked"):
-                problems.append(f"it lacks {name} {_shape(tensor)}")
+                first.append(f"it lacks {name} {_shape(tensor)}")
         elif found[name].shape != tensor.shape:
-            problems.append(f"{name} is {_shape(found[name])}, here {_shape(tensor)}")
-    problems += [f"it has {name} {_shape(x)}, which is not here" for name, x in found.items() if name not in wanted]
+            first.append(f"{name} is {_shape(found[name])}, here {_shape(tensor)}")
+    first += [f"it has {name} {_shape(x)}, which is not here" for name, x in found.items() if name not in wanted]
+    problems = [*first, *problems]
     if problems:
         counts = f"; it has {layers[1]} layers, this network {layers[0]}" if layers and layers[0] != layers[1] else ""
         raise ValueError(

@@ -4,13 +4,22 @@ import torch
 import students
 
 SMALL = {
+    "yolov4": {"width": 0.125, "depth": 0.25},
     "yolov5": {"size": "n", "width": 0.125},
+    "yolov7": {"width": 0.125},
+    "yolov7_tiny": {"width": 0.25},
 }
 
 
 @pytest.fixture(params=SMALL)
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def small_settings() -> dict[str, dict]:
+    """By family, the settings of `build_small`."""
+    return SMALL
 
 
 @pytest.fixture(scope="session")

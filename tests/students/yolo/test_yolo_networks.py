@@ -7,15 +7,20 @@ import torch
 import students
 from distill.measure import count_macs, count_parameters
 from students.yolo.head import AnchorHead, joint_logits
+from teachers import ScaledDetector
 
 CLASSES = [f"class {number}" for number in range(80)]
 # parameters in millions, and billions of FLOPs (two a multiply-accumulate) of an image of so many pixels
 PUBLISHED = {
+    # at 608 pixels its authors' program tells 128.5 for 80 classes; in proportion to the pixels
+    ("yolov4",): (64.4, 128.5 * (640 / 608) ** 2, 640),
     ("yolov5", "n"): (1.9, 4.5, 640),
     ("yolov5", "s"): (7.2, 16.5, 640),
     ("yolov5", "m"): (21.2, 49.0, 640),
     ("yolov5", "l"): (46.5, 109.1, 640),
     ("yolov5", "x"): (86.7, 205.7, 640),
+    ("yolov7",): (36.9, 104.7, 640),
+    ("yolov7_tiny",): (6.2, 13.8, 640),
 }
 
 
@@ -173,3 +178,23 @@ def test_sizes_of_yolov5(build_small):
     with pytest.raises(ValueError, match="size: 't' does not exist; choose n, s, m, l, x"):
         build_small("yolov5", size="t")
     assert build_small("yolov5").title == "yolov5 n"
+
+
+def test_deployed_is_the_same_with_less(build_small, shake, images):
+    detector = shake(build_small("yolov7"))
+    before, state = count_parameters(detector), {name: x.clone() for name, x in detector.state_dict().items()}
+    detector.train()
+    deployed = detector.deployed()
+    assert detector.training and not deployed.training
+    assert all(torch.equal(x, state[name]) for name, x in detector.state_dict().items())
+    with torch.no_grad():
+        for ours, theirs in zip(deployed(images), detector.eval()(images)):
+            for x, y in zip(ours, theirs):
+                torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    # of each of the three: the weight of a 1x1 convolution, and of four vectors one is left
+    widths = [(tower.rbr_1x1[0].in_channels, tower.out_channels) for tower in detector.head.towers]
+    assert before - count_parameters(deployed) == sum(c * wider + 3 * wider for c, wider in widths)
+    scaled = ScaledDetector(detector, 2.0)
+    assert count_parameters(scaled.deployed()) == count_parameters(deployed) and scaled.deployed().scale == 2
+    plain = build_small("yolov5")
+    assert plain.deployed() is plain
