@@ -11,15 +11,15 @@ from distill.pruning.graph import find_groups
 from students.plan import apply_plan, named_tensors
 
 SMALL = {
-    "yolov4": {"width": 0.25, "depth": 0.25},
-    "yolov5": {"size": "n", "depth": 0.5},
+    "yolov4": {"width": 0.25, "depth": 0.2},
+    "yolov5": {"size": "n", "depth": 0.4},
     "yolov7": {"width": 0.25},
     "yolov7_tiny": {"width": 0.5},
 }
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_channels_that_nothing_reads_can_go(family):
+def test_channels_that_nothing_reads_can_go(family, tmp_path, images, targets):
     """Where what reads a channel is zero, cutting the channel changes no output."""
     torch.manual_seed(0)
     size = (64, 64)
@@ -35,7 +35,7 @@ def test_channels_that_nothing_reads_can_go(family):
     generator = torch.Generator().manual_seed(1)
     scores = [torch.rand(group.width, generator=generator) for group in groups]
     plan = make_plan(groups, scores, [group.width // 2 for group in groups], tensors)
-    images, before = torch.rand(2, 3, *size), count_parameters(detector)
+    before = count_parameters(detector)
     with torch.no_grad():
         for part in plan.cuts:
             gone = [index for index in range(part.width) if index not in set(part.keep)]
@@ -54,22 +54,13 @@ def test_channels_that_nothing_reads_can_go(family):
     for x, y in zip(deployed.class_logits, found.class_logits):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
-
-@pytest.mark.parametrize("family", SMALL)
-def test_a_cut_detector_is_rebuilt_and_learns_on(family, tmp_path, images, targets):
-    torch.manual_seed(0)
-    detector = students.build(family, class_names=["a", "b"], **SMALL[family])
-    unit = Distiller(detector)
-    groups, tensors = find_groups(unit, (64, 64)), named_tensors(unit)
-    scores = [torch.rand(group.width) for group in groups]
-    plan = make_plan(groups, scores, [group.width // 2 for group in groups], tensors)
-    apply_plan([(unit, plan)])
+    # rebuilt as it is now, and it learns on
     detector.plans.append(plan.below("student."))
-    sum(detector.loss(detector(images), targets).values()).backward()
-    assert all(p.grad.shape == p.shape for p in detector.parameters())
-    assert [x.shape[1] for x in detector(images).features] == list(detector.feature_channels)
     students.save(detector, tmp_path / "student")
     loaded = students.load(tmp_path / "student")
     with torch.no_grad():
-        for ours, theirs in zip(loaded(images), detector.eval()(images)):
-            assert all(map(torch.equal, ours, theirs))
+        assert all(map(torch.equal, loaded(images).class_logits, found.class_logits))
+    output = detector.train()(images)
+    assert [x.shape[1] for x in output.features] == list(detector.feature_channels)
+    sum(detector.loss(output, targets).values()).backward()
+    assert all(p.grad.shape == p.shape for p in detector.parameters())
