@@ -87,12 +87,13 @@ def build_data(config: DataConfig, seed: int = 0) -> Data:
     if config.unlabelled:
         unlabelled = open_unlabelled(config.unlabelled.root, config.unlabelled.split, class_names, config.unreadable)
 
-    augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump())
+    augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump(exclude={"mosaic"}))
+    mosaic = config.augment.mosaic
     train = labelled if labelled is not None else unlabelled
-    dataset = DetectionDataset(train, augmentation, seed, config.unreadable)
+    dataset = DetectionDataset(train, augmentation, seed, config.unreadable, mosaic)
     if labelled is not None and unlabelled is not None:
         # another seed, or images of the same number would be flipped and cropped alike
-        others = DetectionDataset(unlabelled, augmentation, seed + 1, config.unreadable)
+        others = DetectionDataset(unlabelled, augmentation, seed + 1, config.unreadable, mosaic)
         dataset = MixedDataset(dataset, others, config.unlabelled.ratio)
     # a last batch of one or two images would upset the batch norms
     drop_last = len(dataset) > config.batch_size

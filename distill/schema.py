@@ -132,6 +132,7 @@ class AugmentConfig(Section):
     crop: Share = 0.0
     crop_scale: tuple[Share, Share] = (0.5, 1.0)
     zoom_out: Share = 0.0
+    mosaic: Share = 0.0  # four images as one
     brightness: Share = 0.0
     contrast: Share = 0.0
     saturation: Share = 0.0
