@@ -117,7 +117,9 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
     size = data.get("image_size")
     rows = {"Data": f"{data.get('root')}" + (f", {size[1]}x{size[0]} px" if isinstance(size, list) else "")}
     rows["Student"] = ", ".join(
-        str(student[key]) for key in ("name", "backbone", "neck", "channels") if student.get(key) not in (None, "dense")
+        str(student[key])
+        for key in ("name", "size", "backbone", "neck", "channels")
+        if student.get(key) not in (None, "dense")
     )
     for name, teacher in teachers.items():
         if teacher:
@@ -134,7 +136,9 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
         )
     if pruning:
         rows["Pruning"] = f"to {human_share(pruning.get('target'))} of the MACs, {pruning.get('importance')}, "
-        rows["Pruning"] += f"cut before epochs {pruning['start'] + 1} to {pruning['end'] + 1}"
+        given = [str(epoch + 1) for epoch in pruning.get("epochs") or ()]
+        when = ", ".join(given) if given else f"{pruning['start'] + 1} to {pruning['end'] + 1}"
+        rows["Pruning"] += f"cut before epoch{'s' if len(given) != 1 else ''} {when}"
     train = config.get("train") or {}
     rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"
     return rows
