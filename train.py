@@ -31,7 +31,7 @@ from distill.distributed import on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
-from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
+from distill.guards import check_alike, check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.interruption import Interruption, Stopped
 from distill.measure import count_macs, count_parameters, measure_latency
 from distill.model_card import write_model_card
@@ -221,26 +221,6 @@ def fit(run: Run) -> None:
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
 
-        plan = None
-        if starts and run.pruner and epoch in run.pruner.epochs:
-            plan = plan_cut(run, epoch)
-        if plan:  # it is empty where the last cut already took this one's share
-            if progress.before is None:
-                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
-            uncut = size(student, image_size)
-            del trained  # a distributed wrapper would hold on to the old shapes
-            release(accelerator, unit)
-            cut_everywhere(plan, unit, ema, optimizer)
-            for detector in dict.fromkeys((student, kept)):
-                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
-            trained = accelerator.prepare_model(unit)
-            progress.record_cut(plan)
-            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
-            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
-            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
-            left += f", {run.pruner.due(epoch):.1%} were due"
-            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
-
         def enter_step(step: int, epoch: int = epoch) -> None:
             rate = rate_at(
                 epoch * len(loader) + step,
@@ -254,12 +234,33 @@ def fit(run: Run) -> None:
             unit.combiner.step = epoch * len(loader) + step
             unit.combiner.epoch = epoch + step / len(loader)
 
+        enter_step(within.step)  # what is measured between two epochs goes by the weights of this one
+        plan = None
+        if starts and run.pruner and epoch in run.pruner.epochs:
+            plan = plan_cut(run, epoch)
+        if plan:  # it is empty where the last cut already took this one's share
+            if progress.before is None:
+                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+            uncut = size(student, image_size)
+            del trained  # a distributed wrapper would hold on to the old shapes
+            release(accelerator, unit)
+            cut_everywhere(plan, unit, ema, optimizer)
+            check_alike(accelerator, unit, ema)
+            for detector in dict.fromkeys((student, kept)):
+                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
+            trained = accelerator.prepare_model(unit)
+            progress.record_cut(plan)
+            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
+            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
+            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
+            left += f", {run.pruner.due(epoch):.1%} were due"
+            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
+
         def save(within: EpochProgress = within, began: float = began) -> None:
             within.seconds = time.perf_counter() - began
             save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
 
         if starts and unit.terms and epoch % config.guards.every == 0:
-            enter_step(0)
             look_at_losses(run)
             check_unchanged(teachers, untouched)
 

@@ -122,6 +122,8 @@ def _drop_older(folder: Path) -> None:
     for path in paths[:-KEPT]:
         if path not in between:
             path.unlink()
+    for path in folder.glob("epoch_*.tmp"):  # of a run that was killed while it wrote
+        path.unlink()
 
 
 def load_checkpoint(
