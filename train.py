@@ -27,7 +27,7 @@ from distill.checkpoint import EpochProgress, Progress, find_checkpoints, load_c
 from distill.config import check_config, load_config, override
 from distill.data import Batch, set_epoch, start_after
 from distill.distiller import Distiller
-from distill.distributed import on_main, release, share_buffers
+from distill.distributed import compile_parts, on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
@@ -152,8 +152,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     for name in untrained:
         detectors[name] = train_teacher(config, name, folder, report, accelerator)
     teachers = {
-        name: Teacher(detector, accelerator.device, config.all_teachers[name].precision)
-        for name, detector in detectors.items()
+        name: Teacher(detector, accelerator.device, of.precision, of.shard)
+        for (name, detector), of in zip(detectors.items(), config.all_teachers.values())
     }
     start_tracking(accelerator, config)
     interruption = Interruption(accelerator, config.train.save_minutes)
@@ -204,13 +204,15 @@ def fit(run: Run) -> None:
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
+    compile_parts([student, *(teacher.detector for teacher in teachers.values() if not teacher.sharded)])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
     teacher_aps = {name: evaluate_val(teacher.detector).ap for name, teacher in teachers.items()}
     teacher_ap = teacher_aps.get(best(teacher_aps))
     untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
-    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items()}
+    # what needs all processes cannot be asked by the one that draws
+    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items() if not teacher.sharded}
     album = Album(run.folder, run.data, shown, accelerator, report)
     seconds: list[float] = []
     reported: set[str] = set()
@@ -248,6 +250,7 @@ def fit(run: Run) -> None:
             check_alike(accelerator, unit, ema)
             for detector in dict.fromkeys((student, kept)):
                 recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
+            compile_parts([student])
             trained = accelerator.prepare_model(unit)
             progress.record_cut(plan)
             within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
@@ -301,7 +304,8 @@ def fit(run: Run) -> None:
 
 def plan_cut(run: Run, epoch: int) -> Plan:
     """The cut that is due before an epoch, the same on every rank."""
-    evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
+    with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
+        evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
     is_main = run.accelerator.is_main_process
     return agree(run.accelerator, run.pruner.plan(run.unit, epoch, evidence) if is_main else None)
 
@@ -399,13 +403,13 @@ def finish(
     split, device = config.data.test or config.data.val, run.accelerator.device
     after = describe(evaluate(kept), kept, image_size)
     teachers = {
-        name: describe(evaluate(teacher.detector), teacher.detector, image_size)
-        for name, teacher in run.teachers.items()
+        name: describe(evaluate(teacher.detector), teacher.shape, image_size) for name, teacher in run.teachers.items()
     }
     if not run.accelerator.is_main_process:
         return
     for name, entry in teachers.items():
-        entry["latency_ms"] = measure_latency(run.teachers[name].detector, image_size)
+        teacher = run.teachers[name]
+        entry["latency_ms"] = None if teacher.sharded else measure_latency(teacher.detector, image_size)
     if before:  # the uncut student, built again for its shape alone
         uncut = students.build(**kept.recipe).to(device)
         before = before | {"latency_ms": measure_latency(uncut, image_size)}

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill.combiner import gradient_norms
 from distill.data import Batch
@@ -155,4 +156,5 @@ def check_unchanged(teachers: Mapping[str, Teacher], before: Mapping[str, str]) 
 
 def _enter(digest: "hashlib._Hash", name: str, tensor: torch.Tensor) -> None:
     digest.update(name.encode())
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's part of a sharded one
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
