@@ -185,28 +185,21 @@ def read_only(bench: Bench, run: Path) -> Outcome | None:
         unmount(disk)
 
 
-@fault("the output becomes read-only")
+@fault("the checkpoints' folder becomes read-only")
 def becomes_read_only(bench: Bench, run: Path) -> Outcome | None:
-    disk = run.parent / "disk"
-    if not mount(disk, "-o", "size=200m"):
-        return None
+    folder, mounted = run / "checkpoints", []
+
+    def cover(pids: list[int]) -> None:
+        mounted.append(mount(folder, "-o", "size=1m,ro"))
+
     try:
-        there = disk / "run"
-
-        def remount(pids: list[int]) -> None:
-            for _ in range(200):  # refused while a file is being written
-                command = ["mount", "-o", "remount,ro", str(disk)]
-                if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                    return
-                time.sleep(0.01)
-
-        # the lock and the log are open in between, so a bind mount in its place could not be made read-only either
-        ended = bench.run("distilled", there, break_it=after_checkpoint(there, remount))
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        shutil.copy(disk / "run.yaml", run.parent)
-        return Outcome(ended[0].line, SINCE, told(ended, "Read-only") and goes_on(bench, there, "distilled"))
+        ended = bench.run("distilled", run, break_it=after_checkpoint(run, cover))
     finally:
-        unmount(disk)
+        if any(mounted):
+            unmount(folder)
+    if not any(mounted):
+        return None
+    return Outcome(ended[0].line, SINCE, told(ended, "Read-only", "--resume") and goes_on(bench, run, "distilled"))
 
 
 @fault("the output folder is deleted in mid-run")

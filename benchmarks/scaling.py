@@ -2,10 +2,10 @@
 
     python benchmarks/scaling.py configs/quickstart.yaml "configs/quickstart.yaml data.batch_size=16"
 
-For each config with its overrides: the estimate, then steps of training as train.py makes them, each in a process of its
-own, by the peak of resident memory beyond what there was before anything was built, and the time of the fastest step,
-as what else the machine does only adds to it. Prints a table and writes --output/scaling.json. On a GPU the peak is
-that of its allocator.
+For each config with its overrides: the estimate, then steps of training as train.py makes them, each in a process of
+its own. Memory is the peak of what is resident beyond what was before anything was built, or that of the GPU's
+allocator; time is that of the fastest step, as what else the machine does only adds to it. Prints a table and writes
+--output/scaling.json.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -39,7 +39,7 @@ REMOVED = (
 SIGNATURE = "# the resolved config of a distill run"
 
 
-_HELD: dict[Path, TextIO] = {}  # a lock lasts while its file is open
+_HELD: dict[Path, BinaryIO] = {}  # a lock lasts while its file is open
 
 
 class RunFolder:
@@ -164,21 +164,20 @@ class RunFolder:
         """
         if fcntl is None or self.path.resolve() in _HELD:  # there is no such thing on Windows
             return
-        file = (self.path / LOCK).open("a+")
+        file = (self.path / LOCK).open("ab+", buffering=0)
         try:
             # by record, not `flock`: processes that load images would go on holding that for a while
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"output_dir: {self.path} is in use by another run ({file.read().strip() or 'of unknown number'}); end "
+                f"output_dir: {self.path} is in use by another run ({file.read().decode(errors='replace').strip() or 'of unknown number'}); end "
                 "that one, or choose another output_dir"
             ) from None
         except OSError:  # a file system without locks
             return
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         _HELD[self.path.resolve()] = file
 
     @property

@@ -134,7 +134,8 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
         )
     if pruning:
         rows["Pruning"] = f"to {human_share(pruning.get('target'))} of the MACs, {pruning.get('importance')}, "
-        rows["Pruning"] += f"cut before epochs {pruning['start'] + 1} to {pruning['end'] + 1}"
+        epochs = pruning.get("epochs") or [pruning["start"], pruning["end"]]
+        rows["Pruning"] += f"cut before epochs {epochs[0] + 1} to {epochs[-1] + 1}"
     train = config.get("train") or {}
     rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"
     return rows
