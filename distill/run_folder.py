@@ -170,8 +170,9 @@ class RunFolder:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
+            owner = file.read().decode(errors="replace").strip() or "of unknown number"
             raise UserError(
-                f"output_dir: {self.path} is in use by another run ({file.read().decode(errors='replace').strip() or 'of unknown number'}); end "
+                f"output_dir: {self.path} is in use by another run ({owner}); end "
                 "that one, or choose another output_dir"
             ) from None
         except OSError:  # a file system without locks
