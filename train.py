@@ -27,11 +27,12 @@ from distill.checkpoint import EpochProgress, Progress, find_checkpoints, load_c
 from distill.config import check_config, load_config, override
 from distill.data import Batch, set_epoch, start_after
 from distill.distiller import Distiller
-from distill.distributed import on_main, release, share_buffers
+from distill.distributed import compile_parts, on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
-from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
+from distill.footprint import estimate
+from distill.guards import check_alike, check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.interruption import Interruption, Stopped
 from distill.measure import count_macs, count_parameters, measure_latency
 from distill.model_card import write_model_card
@@ -140,26 +141,38 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
             folder.check_free(config.overwrite, kept)
         else:
             on_main(accelerator, lambda: RunFolder.create(folder.path, settings, overwrite=config.overwrite, keep=kept))
+    elif not dry_run:
+        on_main(accelerator, folder.take)
     report = Report(None if dry_run else folder.log_file, enabled=accelerator.is_main_process)
     report.banner(f"distill · {folder.path}", banner_rows(config, data, unit, detectors, pruner, accelerator, role))
     for index in data.indices:
         for note in index.notes.summary():
             report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
     if dry_run:
+        half = accelerator.mixed_precision != "no"
+        teachers = make_teachers(config, detectors, accelerator)
+        step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
+        report.banner(f"a step of {config.data.batch_size} images", step.rows())
         report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
         return
 
     for name in untrained:
         detectors[name] = train_teacher(config, name, folder, report, accelerator)
-    teachers = {
-        name: Teacher(detector, accelerator.device, config.all_teachers[name].precision)
-        for name, detector in detectors.items()
-    }
+    teachers = make_teachers(config, detectors, accelerator)
     start_tracking(accelerator, config)
     interruption = Interruption(accelerator, config.train.save_minutes)
     with interruption, in_plain_words(config, data.train.loader):
         fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, interruption, role))
     stop_tracking(accelerator, config)
+
+
+def make_teachers(config: Config, detectors: dict[str, Detector], accelerator: Accelerator) -> dict[str, Teacher]:
+    """Freezes detectors, each on this process's device."""
+    settings = config.all_teachers
+    return {
+        name: Teacher(detector, accelerator.device, settings[name].precision, settings[name].shard)
+        for name, detector in detectors.items()
+    }
 
 
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -204,13 +217,15 @@ def fit(run: Run) -> None:
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
+    compile_parts([student, *(teacher.detector for teacher in teachers.values() if not teacher.sharded)])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
     teacher_aps = {name: evaluate_val(teacher.detector).ap for name, teacher in teachers.items()}
     teacher_ap = teacher_aps.get(best(teacher_aps))
     untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
-    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items()}
+    # what needs all processes cannot be asked by the one that draws
+    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items() if not teacher.sharded}
     album = Album(run.folder, run.data, shown, accelerator, report)
     seconds: list[float] = []
     reported: set[str] = set()
@@ -220,26 +235,6 @@ def fit(run: Run) -> None:
         began = time.perf_counter() - within.seconds
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
-
-        plan = None
-        if starts and run.pruner and epoch in run.pruner.epochs:
-            plan = plan_cut(run, epoch)
-        if plan:  # it is empty where the last cut already took this one's share
-            if progress.before is None:
-                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
-            uncut = size(student, image_size)
-            del trained  # a distributed wrapper would hold on to the old shapes
-            release(accelerator, unit)
-            cut_everywhere(plan, unit, ema, optimizer)
-            for detector in dict.fromkeys((student, kept)):
-                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
-            trained = accelerator.prepare_model(unit)
-            progress.record_cut(plan)
-            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
-            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
-            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
-            left += f", {run.pruner.due(epoch):.1%} were due"
-            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
 
         def enter_step(step: int, epoch: int = epoch) -> None:
             rate = rate_at(
@@ -254,12 +249,34 @@ def fit(run: Run) -> None:
             unit.combiner.step = epoch * len(loader) + step
             unit.combiner.epoch = epoch + step / len(loader)
 
+        enter_step(within.step)  # what is measured between two epochs goes by the weights of this one
+        plan = None
+        if starts and run.pruner and epoch in run.pruner.epochs:
+            plan = plan_cut(run, epoch)
+        if plan:  # it is empty where the last cut already took this one's share
+            if progress.before is None:
+                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+            uncut = size(student, image_size)
+            del trained  # a distributed wrapper would hold on to the old shapes
+            release(accelerator, unit)
+            cut_everywhere(plan, unit, ema, optimizer)
+            check_alike(accelerator, unit, ema)
+            for detector in dict.fromkeys((student, kept)):
+                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
+            compile_parts([student])
+            trained = accelerator.prepare_model(unit)
+            progress.record_cut(plan)
+            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
+            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
+            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
+            left += f", {run.pruner.due(epoch):.1%} were due"
+            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
+
         def save(within: EpochProgress = within, began: float = began) -> None:
             within.seconds = time.perf_counter() - began
             save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
 
         if starts and unit.terms and epoch % config.guards.every == 0:
-            enter_step(0)
             look_at_losses(run)
             check_unchanged(teachers, untouched)
 
@@ -300,7 +317,8 @@ def fit(run: Run) -> None:
 
 def plan_cut(run: Run, epoch: int) -> Plan:
     """The cut that is due before an epoch, the same on every rank."""
-    evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
+    with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
+        evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
     is_main = run.accelerator.is_main_process
     return agree(run.accelerator, run.pruner.plan(run.unit, epoch, evidence) if is_main else None)
 
@@ -398,13 +416,13 @@ def finish(
     split, device = config.data.test or config.data.val, run.accelerator.device
     after = describe(evaluate(kept), kept, image_size)
     teachers = {
-        name: describe(evaluate(teacher.detector), teacher.detector, image_size)
-        for name, teacher in run.teachers.items()
+        name: describe(evaluate(teacher.detector), teacher.shape, image_size) for name, teacher in run.teachers.items()
     }
     if not run.accelerator.is_main_process:
         return
     for name, entry in teachers.items():
-        entry["latency_ms"] = measure_latency(run.teachers[name].detector, image_size)
+        teacher = run.teachers[name]
+        entry["latency_ms"] = None if teacher.sharded else measure_latency(teacher.detector, image_size)
     if before:  # the uncut student, built again for its shape alone
         uncut = students.build(**kept.recipe).to(device)
         before = before | {"latency_ms": measure_latency(uncut, image_size)}

@@ -171,7 +171,7 @@ def detect(detector: Detector, batch: Batch) -> list[Detections]:
         batch: at least one image, as the evaluation transform fits it.
     """
     device = next(detector.parameters(), torch.empty(0)).device  # an exported one has no parameters
-    with eval_mode(detector), torch.inference_mode():
+    with eval_mode(detector), torch.no_grad():  # sharded weights cannot be gathered in inference mode
         output = detector(batch.images.to(device, non_blocking=True))
         detections = detector.decode(output, [meta.valid_size for meta in batch.metas])
         return [replace(found, boxes=to_original(found.boxes, meta)) for found, meta in zip(detections, batch.metas)]

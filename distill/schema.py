@@ -424,6 +424,7 @@ class TeacherConfig(Section):
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
+    shard: bool = False  # keep a part of its backbone's weights on each process, for one that no device can hold
     detector: DetectorConfig | None = None
     train: TrainConfig | None = None
 
@@ -492,6 +493,8 @@ class Config(Section):
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
         if self.inherit and not self.all_teachers:
             raise ValueError("inherit is given but no teacher; add a teacher section, or remove inherit")
+        if self.inherit and next(iter(self.all_teachers.values())).shard:
+            raise ValueError("inherit copies from a teacher that is whole; leave out its shard, or inherit")
         if self.data.unlabelled and not self.losses:
             raise ValueError(
                 "data.unlabelled is given but no losses; only a teacher's losses learn from such images, so add a "

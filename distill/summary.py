@@ -12,7 +12,7 @@ from distill.evaluation import EvaluationResult
 from distill.measure import count_macs, count_parameters
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
-from distill.report import counted, human_ap, human_count, human_macs, human_share
+from distill.report import counted, human_ap, human_count, human_macs, human_milliseconds, human_share
 from distill.schema import TEACHER, Config
 from distill.terms import KnowledgeTerm
 from students import Detector
@@ -197,7 +197,7 @@ def comparison(
         scores = [human_ap(entry[key]) for key in ("ap", "ap50", "ap75")]
         share = entry["ap"] / teacher["ap"] if teacher and teacher["ap"] and entry["ap"] is not None else None
         shares = [human_share(share)] if teacher else []
-        cost = [human_count(entry["params"]), human_macs(entry["macs"]), f"{entry['latency_ms']:.1f} ms"]
+        cost = [human_count(entry["params"]), human_macs(entry["macs"]), human_milliseconds(entry["latency_ms"])]
         rows.append([title, *scores, *shares, *cost])
     return ("", "AP", "AP50", "AP75", *(["of teacher"] if teacher else []), "params", "MACs", "latency"), rows
 

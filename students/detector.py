@@ -87,6 +87,12 @@ class Detector(nn.Module, ABC):
     notes: Sequence[str] = ()
 
     @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """What the forward pass calls as a whole and can be compiled; the pyramid lies between them, as losses are
+        measured at it."""
+        return tuple(self.children())
+
+    @property
     def title(self) -> str:
         """What to call it in a line: the family, but for the first one, and the backbone or size where there is a
         choice."""
