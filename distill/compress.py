@@ -103,9 +103,10 @@ def compress(args: argparse.Namespace) -> None:
         "batch": 1,
         "dynamic": [],
     }
+    # all of them before the first file, so that nothing is written where one is refused
+    deployed = {method: DeployedDetector(getattr(work, method)(), "detections") for method in files}
     for method, file in files.items():
-        deployed = DeployedDetector(getattr(work, method)(), "detections")
-        write(deployed, file, "onnx", info | {"quantization": method})
+        write(deployed[method], file, "onnx", info | {"quantization": method})
         if method == "dynamic":
             round_inputs(file)
     shared = work.shared(output / "shared") if "shared" in methods else None
