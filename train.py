@@ -34,7 +34,7 @@ from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluat
 from distill.footprint import estimate
 from distill.guards import check_alike, check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.interruption import Interruption, Stopped
-from distill.measure import count_macs, count_parameters, measure_latency
+from distill.measure import count_macs, count_parameters, measure_cuts, measure_latency
 from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
@@ -423,10 +423,15 @@ def finish(
     for name, entry in teachers.items():
         teacher = run.teachers[name]
         entry["latency_ms"] = None if teacher.sharded else measure_latency(teacher.detector, image_size)
-    if before:  # the uncut student, built again for its shape alone
-        uncut = students.build(**kept.recipe).to(device)
-        before = before | {"latency_ms": measure_latency(uncut, image_size)}
-    of_student = after | {"latency_ms": measure_latency(kept, image_size)}
+    of_student, cuts = after | {"latency_ms": measure_latency(kept, image_size)}, []
+    if before:
+        uncut, *cuts = measure_cuts(kept, image_size)
+        before, of_student = (
+            before | {"latency_ms": uncut["latency_ms"]},
+            after | {"latency_ms": cuts[-1]["latency_ms"]},
+        )
+        times = ", ".join(f"{stage['latency_ms']:.1f}" for stage in (uncut, *cuts))
+        run.report.say(f"latency uncut and after each cut: {times} ms")
     info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
     facts = {key: value for key, value in after.items() if key != "precision"}
     students.save(kept, run.folder.student, info | {"split": split, **facts})
@@ -434,6 +439,7 @@ def finish(
         **({"teachers": teachers} if config.teachers else {"teacher": teachers.get(TEACHER)}),
         "student_before": before,
         "student": of_student,
+        "cuts": cuts,
         "split": split,
         "epochs": config.train.epochs,
     }

@@ -190,10 +190,14 @@ def load_teacher(config: TeacherConfig, class_names: list[str], key: str) -> Det
     return detector
 
 
-def build_unit(config: Config, class_names: list[str], teachers: dict[str, Detector]) -> Distiller:
-    """The student and its knowledge terms, untrained."""
-    student = build_detector(config.student, class_names, config.data.image_size, "student")
-    if config.inherit:
+def build_unit(
+    config: Config, class_names: list[str], teachers: dict[str, Detector], student: Detector | None = None
+) -> Distiller:
+    """The student and its knowledge terms, untrained; a trained `student` takes the place of a new one."""
+    is_new = student is None
+    if is_new:
+        student = build_detector(config.student, class_names, config.data.image_size, "student")
+    if is_new and config.inherit:
         try:
             # once more when the teacher is trained; here to see that it fits
             inherit(student, next(iter(teachers.values())), config.inherit)

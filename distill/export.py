@@ -31,6 +31,7 @@ from distill.exported import (
 from distill.measure import time_in_turns
 from distill.parity import compare_detections, compare_tensors
 from distill.report import Report, counted, human_ap
+from students.torchvision_families.one_stage import OneStageDetector
 
 RUNTIMES = {"onnx": "ONNX Runtime", "pt2": "torch.export"}
 _WORTH_A_WARNING = 0.001  # of AP
@@ -75,6 +76,8 @@ def export(args: argparse.Namespace) -> None:
     image_size = multiple_of(stride, input_size(detector, config))
 
     deployed = DeployedDetector(detector, args.outputs)
+    if args.outputs == "raw" and isinstance(detector, OneStageDetector):
+        raise UserError(f"--outputs raw: {detector.title} has more than scores and distances; say detections or boxes")
     info = {
         "class_names": detector.class_names,
         "image_size": list(image_size),
@@ -83,6 +86,7 @@ def export(args: argparse.Namespace) -> None:
         "outputs": args.outputs,
         "batch": None if "batch" in args.dynamic else args.batch,
         "dynamic": args.dynamic,
+        "limits": list(detector.limits),
     }
     write(deployed, file, args.format, info, args.opset)
     report.banner(f"{args.folder} -> {file}", _describe(deployed, info))

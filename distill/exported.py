@@ -33,17 +33,23 @@ class DeployedDetector(nn.Module):
 
     Args:
         detector: in eval mode.
-        outputs: 'detections' for boxes (B, M, 4), scores (B, M) and labels (B, M) after NMS, padded to M = 100 as
-            `students.nms.select_padded` says; 'boxes' for boxes (B, N, 4) and scores (B, N, K) of all predictions;
-            'raw' for class logits (B, A*K, H, W) of each level, then box distances (B, A*4, H, W) of each, as in
-            `students.detector.DenseOutput`.
+        outputs: 'detections' for boxes (B, M, 4), scores (B, M) and labels (B, M) after NMS by the detector's own
+            limits, padded to M as `students.nms.select_padded` says; 'boxes' for boxes (B, N, 4) and scores (B, N, K)
+            of all predictions; 'raw' for class logits (B, A*K, H, W) of each level, then box distances (B, A*4, H, W)
+            of each, as in `students.detector.DenseOutput`.
 
     Raises:
-        ValueError: the detector's family has no step between raw outputs and detections, and that is wanted.
+        UserError: the detector's family has no step between raw outputs and detections.
     """
 
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
+        if type(detector).candidates is Detector.candidates:
+            raise UserError(
+                f"{detector.title}: a two-stage detector looks at as many boxes as it finds, which a graph of fixed "
+                "shapes cannot hold; one-stage ones can be exported, as onnx and pt2: dense, fcos, retinanet, ssd300, "
+                "ssdlite320, yolov4, yolov5, yolov7, yolov7_tiny"
+            )
         self.detector = detector.deployed()
         self.outputs = outputs
 
@@ -55,7 +61,7 @@ class DeployedDetector(nn.Module):
         boxes, scores = self.detector.candidates(output)
         if self.outputs == "boxes":
             return boxes, scores
-        return select_padded(boxes, scores, (images.shape[-2], images.shape[-1]))
+        return select_padded(boxes, scores, (images.shape[-2], images.shape[-1]), self.detector.limits)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,7 +115,7 @@ class ExportedDetector(nn.Module):
             levels = len(output) // 2
             return self._decoder[0].decode(DenseOutput((), output[:levels], output[levels:]), image_sizes)
         if self.info["outputs"] == "boxes":
-            return select(*output, image_sizes)
+            return select(*output, image_sizes, *self.info.get("limits", ()))
         detections = []
         for boxes, scores, labels, (height, width) in zip(*output, image_sizes):
             found = scores > 0
@@ -278,6 +284,11 @@ def _read_onnx(file: Path, threads: int):
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
         session = onnxruntime.InferenceSession(str(file), options, [*providers, "CPUExecutionProvider"])
+        info = _from_metadata(session.get_modelmeta().custom_metadata_map)
+        if info.get("quantization") == "weights":
+            # brought to float once, in place of in every pass
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            session = onnxruntime.InferenceSession(str(file), options, [*providers, "CPUExecutionProvider"])
     except Exception as error:  # its errors have no base of their own
         raise UserError(f"{file}: cannot be read as ONNX ({_reason(error)})") from error
 
@@ -285,7 +296,7 @@ def _read_onnx(file: Path, threads: int):
         return tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
     device = torch.device("cuda" if providers else "cpu")
-    return run, _from_metadata(session.get_modelmeta().custom_metadata_map), device
+    return run, info, device
 
 
 def _read_pt2(file: Path, threads: int):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import students
 from students import Detector
 
 
@@ -122,6 +123,34 @@ def measure_latency(
     finally:
         model.to(home)
     return median(milliseconds)
+
+
+def measure_cuts(detector: Detector, image_size: tuple[int, int], repeats: int = 30) -> list[dict[str, float]]:
+    """What a detector cost as it was built, and after each of its cuts, the last of which left it as it is.
+
+    Each is built again for its shape alone, where the detector is; they are timed in turns, in float32.
+
+    Args:
+        detector: `students.build` and its cuts made it.
+        image_size: (height, width) in pixels.
+        repeats: passes of each that count, see `measure_latency`.
+
+    Returns:
+        `macs`, `params` and `latency_ms` of each.
+    """
+    images = _blank_images(detector, 1, image_size)
+    stages = [students.build(**detector.recipe).to(images.device).eval()]
+    for plan in detector.plans:
+        stages.append(copy.deepcopy(stages[-1]))
+        students.apply_plan([(stages[-1], plan)])
+    images = images.float()
+    with torch.inference_mode():
+        passes = [lambda stage=stage: run_whole(stage, images) for stage in stages]
+        times = time_in_turns(passes, 5, repeats, images.device)
+    return [
+        {"macs": count_macs(stage, image_size), "params": count_parameters(stage), "latency_ms": median(taken)}
+        for stage, taken in zip(stages, times)
+    ]
 
 
 def time_in_turns(

@@ -3,6 +3,7 @@
 from students.artifact import FAMILIES, build, load, read_info, save
 from students.detector import DenseOutput, Detections, Detector, of_images
 from students.plan import Plan, apply_plan
+from students.shared_weights import SharedWeight
 from students.two_stage import RoiOutput, RoiSamples, TwoStageDetector, TwoStageOutput
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Plan",
     "RoiOutput",
     "RoiSamples",
+    "SharedWeight",
     "TwoStageDetector",
     "TwoStageOutput",
     "apply_plan",

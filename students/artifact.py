@@ -3,16 +3,19 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from students.dense import DenseDetector
 from students.detector import Detector
 from students.plan import Plan, apply_plan
+from students.shared_weights import SharedWeight, pack, unpack
 from students.torchvision_families.faster_rcnn import FasterRCNNDetector, MaskRCNNDetector
 from students.torchvision_families.fcos import FCOSDetector
 from students.torchvision_families.retinanet import RetinaNetDetector
@@ -36,6 +39,7 @@ FAMILIES: dict[str, type[Detector]] = {
 }
 
 RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"
+_INDICES, _CODEBOOK = ".indices", ".codebook"  # endings of the two tensors that a shared weight is kept as
 
 
 def build(name: str, **arguments: Any) -> Detector:
@@ -53,14 +57,21 @@ def build(name: str, **arguments: Any) -> Detector:
     return detector
 
 
-def save(detector: Detector, folder: str | Path, info: dict[str, Any] | None = None) -> None:
+def save(
+    detector: Detector,
+    folder: str | Path,
+    info: dict[str, Any] | None = None,
+    shared: Mapping[str, SharedWeight] | None = None,
+) -> None:
     """Writes a detector that `build` or `load` made: aside first, then moved into place in one step.
 
     Args:
         detector: the detector, cut or not.
         folder: where to; an older artifact there is replaced.
         info: JSON-friendly facts to keep beside it, such as the input size it was trained for.
+        shared: tensors by name that are kept as indices and codebook, in place of the detector's own.
     """
+    shared = shared or {}
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
@@ -70,8 +81,13 @@ def save(detector: Detector, folder: str | Path, info: dict[str, Any] | None = N
         recipe = {"recipe": detector.recipe, "info": info or {}}
         (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
         (new / PLANS).write_text(json.dumps([plan.to_json() for plan in detector.plans]) + "\n")
-        tensors = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
-        (new / WEIGHTS).write_bytes(to_safetensors(tensors))  # safetensors' own files can be read by their owner alone
+        plain = {key: value for key, value in detector.state_dict().items() if key not in shared}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in plain.items()}
+        for key, value in shared.items():
+            tensors |= {key + _INDICES: pack(value), key + _CODEBOOK: value.codebook.detach().cpu().contiguous()}
+        formats = {key: json.dumps([value.bits, list(value.indices.shape)]) for key, value in shared.items()}
+        # safetensors' own files can be read by their owner alone
+        (new / WEIGHTS).write_bytes(to_safetensors(tensors, formats or None))
         if folder.exists():
             os.replace(folder, staged / "older")
         os.replace(new, folder)
@@ -94,11 +110,22 @@ def load(folder: str | Path) -> Detector:
         detector.info = content["info"]
         for plan in map(Plan.from_json, json.loads((folder / PLANS).read_text())):
             cut(detector, plan)
-        detector.load_state_dict(load_file(folder / WEIGHTS))
+        detector.load_state_dict(_load_tensors(folder / WEIGHTS))
     except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: does not hold together ({reason}); was it written by another version?") from error
     return detector.eval()
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors by name; shared weights as the values they stand for."""
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        formats = opened.metadata() or {}
+    for key, text in formats.items():
+        bits, shape = json.loads(text)
+        tensors[key] = unpack(tensors.pop(key + _INDICES), tensors.pop(key + _CODEBOOK), bits, tuple(shape)).weight
+    return tensors
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:

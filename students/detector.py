@@ -60,6 +60,22 @@ class Detections:
     labels: Tensor
 
 
+class Limits(NamedTuple):
+    """Which of all predictions are told; the defaults are those of `students.nms`.
+
+    Attributes:
+        score_threshold: lower scores are dropped.
+        iou_threshold: of two boxes of one class that overlap more, the lower-scored goes.
+        max_candidates: (prediction, class) pairs that enter the NMS, per image.
+        max_detections: per image.
+    """
+
+    score_threshold: float = 0.01
+    iou_threshold: float = 0.6
+    max_candidates: int = 1000
+    max_detections: int = 100
+
+
 class Detector(nn.Module, ABC):
     """A detector of any family. Subclasses take plain keyword arguments, so that a recipe can be written down.
 
@@ -136,6 +152,11 @@ class Detector(nn.Module, ABC):
             ValueError: this family has no such step.
         """
         raise ValueError(f"{type(self).__name__}: has no step between its outputs and its detections")
+
+    @property
+    def limits(self) -> Limits:
+        """Which of its candidates are detections."""
+        return Limits()
 
     def traced(self, output: DenseOutput, num_boxes: int | None = None) -> list[Tensor]:
         """All tensors that leave the network: what a dependency graph has to see, and what its cost is counted by.

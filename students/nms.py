@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-from students.detector import Detections
+from students.detector import Detections, Limits
 
-SCORE_THRESHOLD = 0.01  # lower scores are dropped
-IOU_THRESHOLD = 0.6  # of two boxes of one class that overlap more, the lower-scored goes
-MAX_CANDIDATES = 1000  # (prediction, class) pairs that enter the NMS, per image
-MAX_DETECTIONS = 100  # per image
+LIMITS = Limits()
+SCORE_THRESHOLD, IOU_THRESHOLD, MAX_CANDIDATES, MAX_DETECTIONS = LIMITS
 
 
 def select(
@@ -48,30 +46,33 @@ def select(
     return detections
 
 
-def select_padded(boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `select` gives with its own limits where all of each image is valid, without shapes that depend on values.
+def select_padded(
+    boxes: Tensor, scores: Tensor, image_size: tuple[int, int], limits: Limits = LIMITS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `select` gives where all of each image is valid, without shapes that depend on values.
 
     Args:
         boxes: (B, N, 4) xyxy in pixels.
         scores: (B, N, K) in [0, 1].
         image_size: (height, width) of all images, in pixels; boxes are clipped to it.
+        limits: of `select`.
 
     Returns:
-        Boxes (B, 100, 4), scores (B, 100), best first, and labels (B, 100) int64. Where an image has fewer detections,
-        the rest are boxes of zeros with score 0 and label -1. With fewer than 100 candidates, as many of each.
+        Boxes (B, M, 4), scores (B, M), best first, and labels (B, M) int64; M are the most detections. Where an image
+        has fewer, the rest are boxes of zeros with score 0 and label -1. With fewer candidates than M, as many of each.
     """
     height, width = image_size
     num_classes = scores.shape[-1]
-    boxes, scores, labels = _candidates(boxes, scores, MAX_CANDIDATES)
+    boxes, scores, labels = _candidates(boxes, scores, limits.max_candidates)
     boxes = torch.stack((boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)), dim=-1).flatten(2)
     # one NMS for all: boxes of other classes and images are moved so far away that they cannot meet
     images = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
     group = images * num_classes + labels
     apart = boxes + (group * (torch.sym_max(height, width) + 1))[..., None]
-    survivors = nms(apart.flatten(0, 1), scores.flatten(), IOU_THRESHOLD)
+    survivors = nms(apart.flatten(0, 1), scores.flatten(), limits.iou_threshold)
     survives = torch.zeros_like(scores).flatten().index_fill(0, survivors, 1.0).view_as(scores) > 0
-    scores = torch.where(survives & (scores > SCORE_THRESHOLD), scores, 0.0)
-    scores, order = scores.topk(torch.sym_min(MAX_DETECTIONS, scores.shape[1]), dim=1)
+    scores = torch.where(survives & (scores > limits.score_threshold), scores, 0.0)
+    scores, order = scores.topk(torch.sym_min(limits.max_detections, scores.shape[1]), dim=1)
     found = scores > 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * found[..., None]
     return boxes, scores, torch.where(found, labels.gather(1, order), -1)

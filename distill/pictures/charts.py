@@ -141,39 +141,36 @@ def draw_tradeoff(course: Course) -> Figure | None:
     """AP against MACs, from the uncut student over each cut to the last; and against latency where it was measured."""
     if not course.rows:
         return None
-    measured = {name: course.entry(name) for name in ("teacher", "student_before", "student")}
-    measured = {name: entry for name, entry in measured.items() if entry.get("latency_ms") and entry.get("ap")}
-    panels = 2 if len(measured) > 1 else 1
+    panels = 2 if course.latencies else 1
     figure = new_chart(2.6 * panels, panels, 1)
-    axes = figure.axes[0]
-    macs, ap = zip(*((x, np.nan if y is None else y) for _, x, y in course.sizes))
-    axes.plot(macs, ap, "-o", color=STUDENT, markersize=4, linewidth=1)
-    for name, x, y in course.sizes:
-        if y is not None and not name.startswith("cut"):
-            color = STUDENT if name == "student" else BEFORE
-            _point(axes, x, y, name, color)
-    if course.teacher_ap is not None and course.entry("teacher").get("macs"):
-        _point(axes, course.entry("teacher")["macs"], course.teacher_ap, "teacher", TEACHER, "s")
-    axes.set_title(f"AP on {_val(course)} against MACs")
-    axes.set_xlabel("MACs of one image")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda macs, _: human_macs(macs).replace(".00", "")))
+    teacher = course.entry("teacher")
+    _tradeoff(figure.axes[0], course, course.sizes, teacher.get("macs"))
+    figure.axes[0].set_title(f"AP on {_val(course)} against MACs")
+    figure.axes[0].set_xlabel("MACs of one image")
+    figure.axes[0].xaxis.set_major_formatter(FuncFormatter(lambda macs, _: human_macs(macs).replace(".00", "")))
     if panels == 2:
-        looks = {
-            "teacher": ("teacher", TEACHER, "s"),
-            "student_before": ("before cutting", BEFORE, "o"),
-            "student": ("student", STUDENT, "o"),
-        }
-        for name, entry in measured.items():
-            title, color, marker = looks[name]
-            _point(figure.axes[1], entry["latency_ms"], entry["ap"], title, color, marker)
-        figure.axes[1].set_title(f"AP on {course.summary.get('split')} against latency")
-        figure.axes[1].set_xlabel("milliseconds for one image")
+        _tradeoff(figure.axes[1], course, course.latencies, teacher.get("latency_ms"))
+        figure.axes[1].set_title(f"AP on {_val(course)} against latency")
+        figure.axes[1].set_xlabel("milliseconds for one image, measured at the end of the run")
     for axes in figure.axes:
         axes.margins(0.2, 0.25)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.set_ylabel("AP")
     return figure
+
+
+def _tradeoff(
+    axes: Axes, course: Course, points: list[tuple[str, float, float | None]], of_teacher: float | None
+) -> None:
+    """A line through what the student went through, (name, cost, AP) each, and the teacher beside it."""
+    costs, ap = zip(*((x, np.nan if y is None else y) for _, x, y in points))
+    axes.plot(costs, ap, "-o", color=STUDENT, markersize=4, linewidth=1)
+    for name, x, y in points:
+        if y is not None and not name.startswith("cut"):
+            _point(axes, x, y, name, STUDENT if name == "student" else BEFORE)
+    if course.teacher_ap is not None and of_teacher:
+        _point(axes, of_teacher, course.teacher_ap, "teacher", TEACHER, "s")
 
 
 def draw_classes(course: Course) -> Figure | None:

@@ -162,3 +162,13 @@ class Course:
             points.append(("before cutting", rows[cuts[0].done]["macs"], rows[cuts[0].done]["ap"]))
         names = [f"cut {i}" for i in range(1, len(cuts))] + ["student"]
         return points + [(name, cut.macs, cut.ap) for name, cut in zip(names, cuts)]
+
+    @property
+    def latencies(self) -> list[tuple[str, float, float | None]]:
+        """The same with milliseconds of one image, as they were measured in the end; empty where they were not.
+
+        The sizes are told apart by their MACs: a cut that took nothing has no point.
+        """
+        stages = [self.entry("student_before"), *((self.summary or {}).get("cuts") or [self.entry("student")])]
+        measured = {stage["macs"]: stage["latency_ms"] for stage in stages if stage.get("latency_ms")}
+        return [(name, measured[macs], ap) for name, macs, ap in self.sizes if macs in measured]

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from students.detector import Detections
+from students.detector import Detections, Limits
+from students.locations import grid_locations, map_shapes, to_boxes
 from students.torchvision_families.backbone import pyramid_channels
 from students.torchvision_families.base import TorchvisionDetector, grid_anchors
 
@@ -59,6 +60,34 @@ class OneStageDetector(TorchvisionDetector):
     def decode(self, output: AnchorOutput, image_sizes: list[tuple[int, int]]) -> list[Detections]:
         """torchvision's own post-processing, with its thresholds; see `Detector.decode`."""
         return self.to_detections(self.postprocess(self._predictions(output), output.anchor_boxes, image_sizes))
+
+    def candidates(self, output: AnchorOutput) -> tuple[Tensor, Tensor]:
+        """See `Detector.candidates`; FCOS' scores take in how central the location is."""
+        locations, strides = grid_locations(
+            map_shapes(output.class_logits), self.strides, output.class_logits[0].device
+        )
+        anchors = [level.shape[1] // 4 for level in output.box_distances]
+        cells = [level.shape[-2] * level.shape[-1] for level in output.box_distances]
+        of_each = [
+            torch.cat([x.repeat_interleave(n, dim=0) for x, n in zip(values.split(cells), anchors)])
+            for values in (locations, strides)
+        ]
+        distances = torch.cat([flatten_predictions(level, 4) for level in output.box_distances], dim=1)
+        number = len(self.class_names)
+        scores = (
+            torch.cat([flatten_predictions(level, number) for level in output.class_logits], dim=1).float().sigmoid()
+        )
+        if output.centerness:
+            central = torch.cat([flatten_predictions(level, 1) for level in output.centerness], dim=1).float().sigmoid()
+            scores = (scores * central).sqrt()
+        return to_boxes(distances.float(), *of_each), scores
+
+    @property
+    def limits(self) -> Limits:
+        """torchvision's own, but that the best candidates are chosen from all levels and classes together."""
+        model = self.model
+        most = model.topk_candidates * len(self.strides)
+        return Limits(model.score_thresh, model.nms_thresh, most, model.detections_per_img)
 
     def traced(self, output: AnchorOutput, num_boxes: int | None = None) -> list[Tensor]:
         return [*output.features, *output.raw_logits, *output.raw_boxes, *output.centerness]

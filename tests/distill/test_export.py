@@ -12,7 +12,9 @@ from distill.config import check_config
 from distill.data import open_index
 from distill.errors import UserError
 from distill.exported import DeployedDetector, ExportedDetector, _with_fixed_padding, trace
+from distill.parity import compare_detections
 from distill.run_folder import RunFolder
+from students.nms import select
 
 SIZE = (64, 96)
 INFO = {"class_names": ["a", "b"], "image_size": list(SIZE), "resize": "letterbox", "batch": 2, "dynamic": []}
@@ -72,6 +74,56 @@ def test_onnx_of_any_batch_and_size(onnx, build_tiny, tmp_path):
         assert_same_detections(detector, exported, images)
     named = [[d.dim_param or d.dim_value for d in e.type.tensor_type.shape.dim] for e in onnx.load(file).graph.input]
     assert named == [["batch", 3, "height", "width"]]
+
+
+@pytest.mark.parametrize("head", ["gfl", "retinanet"])
+def test_onnx_of_other_heads(onnx, build_tiny, tmp_path, head):
+    detector, file = lively(build_tiny, head=head), tmp_path / "student.onnx"
+    for outputs in ("detections", "raw"):
+        export.write(DeployedDetector(detector, outputs), file, "onnx", INFO | {"outputs": outputs})
+        assert_same_detections(detector, ExportedDetector(file, detector=detector), pictures(2))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "size"),
+    [
+        ("fcos", {"backbone": "resnet18", "channels": 32, "head_depth": 1}, (64, 96)),
+        ("retinanet", {"backbone": "resnet18", "channels": 32}, (64, 96)),
+        pytest.param("ssdlite320", {}, (96, 96), marks=pytest.mark.slow),
+        pytest.param("ssd300", {}, (300, 300), marks=pytest.mark.slow),
+    ],
+)
+def test_torchvisions_detectors_without_their_own_post_processing(family, settings, size, tmp_path):
+    torch.manual_seed(0)
+    detector = students.build(family, class_names=["a", "b"], **settings).eval()
+    for layer in detector.output_layers:
+        torch.nn.init.normal_(layer.weight, std=0.05)
+        torch.nn.init.zeros_(layer.bias)  # sure of something
+    # torchvision takes the best of each level, or class, and we of all together: here neither leaves any out
+    detector.model.topk_candidates = 100_000
+    images, sizes = pictures(2, size), [size] * 2
+    with torch.inference_mode():
+        output = detector(images)
+        assert_alike(select(*detector.candidates(output), sizes, *detector.limits), detector.decode(output, sizes))
+    info = INFO | {"image_size": list(size), "outputs": "detections"}
+    file = tmp_path / "student.pt2"
+    export.write(DeployedDetector(detector, "detections"), file, "pt2", info)
+    exported = ExportedDetector(file)
+    with torch.inference_mode():
+        assert_alike(exported.decode(exported(images), sizes), detector.decode(output, sizes))
+
+
+def assert_alike(ours, theirs):
+    """But for those where rounding decided which of two survives."""
+    far = compare_detections(ours, theirs)
+    assert all(len(found.scores) > 20 for found in theirs)
+    assert far.unmatched <= 2 and far.largest["boxes"] < 0.01 and far.largest["scores"] < 1e-4
+
+
+def test_two_stages_are_refused_by_what_works():
+    detector = students.build("faster_rcnn", class_names=["a"], backbone="resnet18", channels=32)
+    with pytest.raises(UserError, match=r"^faster_rcnn resnet18: a two-stage .+ as onnx and pt2: dense, fcos,"):
+        DeployedDetector(detector, "detections")
 
 
 def test_pt2(build_tiny, tmp_path):

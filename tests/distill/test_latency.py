@@ -60,6 +60,14 @@ def test_onnx_runs_the_same_graph(run, student):
     assert sorted(path.name for path in student.parent.iterdir()) == ["student"]
 
 
+@pytest.mark.slow
+def test_compiled_runs_beside_the_others(run, student):
+    status, out, err = run(student, "--runtime", "eager", "compiled", "--threads", 1, "--repeats", 2)
+    assert status == 0 and err == "", err
+    rows = [line.split() for line in out.splitlines() if line.startswith(str(student))]
+    assert [row[1] for row in rows] == ["eager", "compiled"] and all(float(row[4]) > 0 for row in rows)
+
+
 def test_what_a_user_can_get_wrong(run, student, exported, tmp_path, monkeypatch):
     def refused(*arguments, part):
         status, _, err = run(*arguments)

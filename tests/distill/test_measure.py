@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill.measure import count_macs, count_parameters, eval_mode, measure_latency, time_in_turns
+from distill.measure import count_macs, count_parameters, eval_mode, measure_cuts, measure_latency, time_in_turns
+from students.artifact import cut
+from students.plan import Cut, Plan
 
 
 def test_parameters_count_once_and_frozen_ones_too():
@@ -114,3 +116,20 @@ def test_eval_mode_ends_with_an_error_too():
         assert not model.training
         raise RuntimeError
     assert model.training
+
+
+def test_what_each_cut_left(build_tiny):
+    detector = build_tiny()
+    tower = "head.class_tower.0"
+    slices = [(f"{tower}.conv.weight", 0), ("head.class_logits.weight", 1)]
+    slices += [
+        (f"{tower}.norms.{i}.{key}", 0) for i in range(3) for key in detector.head.class_tower[0].norms[0].state_dict()
+    ]
+    slices = tuple(pair for pair in slices if not pair[0].endswith("num_batches_tracked"))
+    for width, keep in ((16, range(8)), (8, range(4))):
+        cut(detector, Plan((Cut(width, tuple(keep), slices),)))
+    stages = measure_cuts(detector, (64, 64), repeats=2)
+    # 8*8 + 4*4 + 2*2 locations, 9 taps: a tower of 16 inputs, and two class logits
+    steps = [84 * 9 * (16 * width + 2 * width) for width in (16, 8, 4)]
+    assert [stages[0]["macs"] - stage["macs"] for stage in stages] == [steps[0] - step for step in steps]
+    assert stages[-1]["params"] == count_parameters(detector) and all(stage["latency_ms"] > 0 for stage in stages)

@@ -48,5 +48,6 @@ def run(tmp_path) -> RunFolder:
 def finished(run) -> RunFolder:
     """The same with its summary, which was measured on another split."""
     entries = {"teacher": entry(0.6, 4000), "student_before": entry(0.42, 1000, epoch=2), "student": entry(0.5, 500)}
-    run.write_summary({**entries, "split": "test", "epochs": 6})
+    cuts = [{"macs": 700, "params": 250, "latency_ms": 8.0}, {"macs": 500, "params": 150, "latency_ms": 5.0}]
+    run.write_summary({**entries, "cuts": cuts, "split": "test", "epochs": 6})
     return run

@@ -81,9 +81,19 @@ def test_ap_against_macs_and_against_latency(finished):
     macs, latency = figure.axes
     assert line(macs, STUDENT)[0] == [1000, 700, 500] and line(macs, STUDENT)[1] == [0.4, 0.3, 0.45]
     assert line(macs, TEACHER, "None") == ([4000], [0.5])  # its AP on val, as the student's here
-    assert line(latency, TEACHER, "None") == ([40.0], [0.6])
-    assert line(latency, STUDENT, "None") == ([5.0], [0.5])
-    assert latency.get_title(loc="left") == "AP on test against latency"
+    assert line(latency, STUDENT)[0] == [10.0, 8.0, 5.0] and line(latency, STUDENT)[1] == [0.4, 0.3, 0.45]
+    assert line(latency, TEACHER, "None") == ([40.0], [0.5])
+    assert latency.get_title(loc="left") == "AP on val against latency"
+
+
+def test_latency_of_a_run_that_measured_none_between(finished):
+    summary = finished.summary
+    del summary["cuts"]
+    finished.write_summary(summary)
+    assert [(name, time) for name, time, _ in Course.read(finished).latencies] == [
+        ("before cutting", 10.0),
+        ("student", 5.0),
+    ]
 
 
 def test_classes(run):
