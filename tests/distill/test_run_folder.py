@@ -22,8 +22,9 @@ def make_run(path, checkpoint=False, finished=False):
 
 
 def contents(folder):
-    """Every file below a folder, with its text."""
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file below a folder but its lock, with its text."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 def refused(expected, make, *arguments, **keywords):
