@@ -46,7 +46,7 @@ from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import TEACHER, Config
 from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
-from distill.trouble import in_plain_words
+from distill.trouble import in_plain_words, is_of_peer
 from students import Detector, Plan
 from teachers import Teacher, inherit
 
@@ -88,6 +88,11 @@ def main() -> int:
             parser.error("name a config, such as configs/quickstart.yaml, or say --list or --resume RUN")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not is_of_peer(error):
+            raise
+        print("error: another process of this run ended before training began, and has said why", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

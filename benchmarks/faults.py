@@ -387,22 +387,24 @@ def twice(key: str) -> Callable[[Path], None]:
 
 SKIP = {"unreadable": "skip"}
 FAULTS |= {
-    "a corrupt image in train": damaged(spoil("train"), "images/train", lost=SINCE),
-    "a corrupt image in val": damaged(spoil("val"), "images/val", lost=SINCE),
-    "a corrupt image in train, to be skipped": damaged(spoil("train"), "skipped", lost="the image", changes=SKIP),
-    "a corrupt image in val, to be skipped": damaged(spoil("val"), "val", lost="the image", changes=SKIP),
+    "a corrupt image in train": damaged(spoil("train"), "images/train"),
+    "a corrupt image in val": damaged(spoil("val"), "images/val"),
+    "a corrupt image in train, to be skipped": damaged(
+        spoil("train"), "1 images skipped", lost="the image", changes=SKIP
+    ),
+    "a corrupt image in val, to be skipped": damaged(spoil("val"), "1 images skipped", lost="the image", changes=SKIP),
     "an empty image file": damaged(
         lambda scenes: first_image(scenes, "train").write_bytes(b""), "images/train", lost=SINCE
     ),
-    "a missing image": damaged(lambda scenes: first_image(scenes, "train").unlink(), "images/train", lost=SINCE),
+    "a missing image": damaged(lambda scenes: first_image(scenes, "train").unlink(), "images/train"),
     "an empty annotation file": damaged(write(""), "train.json"),
     "a malformed annotation file": damaged(write('{"images": [}'), "train.json", "line 1"),
-    "annotations without images": damaged(write('{"images": [], "annotations": [], "categories": []}'), "train"),
+    "annotations without images": damaged(write('{"images": [], "annotations": [], "categories": []}'), "empty"),
     "two images of one id": damaged(twice("images"), "id"),
     "a box of NaN": damaged(set_box([float("nan"), 1, 5, 5]), "annotation"),
     "an infinite box": damaged(set_box([1, 1, float("inf"), 5]), "annotation"),
     "a box of three numbers": damaged(set_box([1, 1, 5]), "annotation"),
-    "a box far outside": damaged(set_box([900, 900, 5, 5]), "box", lost="the box", changes={}),
+    "a box far outside": damaged(set_box([900, 900, 5, 5]), "warning", "box", lost="the box", changes={}),
     "an unknown category": damaged(annotate(lambda c: c["annotations"][0].update(category_id=99)), "category"),
     "a box on no image": damaged(annotate(lambda c: c["annotations"][0].update(image_id=10**6)), "image"),
 }

@@ -175,4 +175,5 @@ def _read_newest(folder: Path, processes: int) -> tuple[Path, dict[str, Any]]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return others[0].strip() if first.endswith(":") and others else first  # torch begins with a heading

@@ -225,7 +225,10 @@ class RunFolder:
     def truncate_results(self, before_epoch: int) -> None:
         """Drops the rows from this epoch on; a resumed run will write them again."""
         rows = self._read_cells()
-        kept = [row for row in rows if int(row["epoch"]) < before_epoch]
+        try:
+            kept = [row for row in rows if int(row["epoch"]) < before_epoch]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self.results_file}: is not the table that a run writes; move it away") from None
         if not kept:
             self.results_file.unlink(missing_ok=True)
         elif len(kept) < len(rows):

@@ -177,6 +177,8 @@ class Pruner:
             return self.importance.measure(
                 unit, groups, batches, lambda batch: trained_loss(unit, teachers, batch, self.knowledge)
             )
+        except UserError:  # of the data
+            raise
         except ValueError as error:
             raise UserError(f"pruning.importance: {error}") from error
 
