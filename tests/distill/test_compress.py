@@ -75,7 +75,7 @@ def test_what_a_user_can_get_wrong(command, student, capsys):
     refused("--bits", 9, part="--bits: found 9; an index has at most 8")
     refused("--rate", 0, part="--rate: found 0")
     refused("--methods", "static", "--keep", "haed", part="--keep: 'haed' fits no convolution")
-    refused("--methods", "qat", "teacher.path=/nowhere", part="teacher.path: /nowhere")
+    refused("teacher.path=/nowhere", "--methods", "qat", part="teacher.path: /nowhere")
     with pytest.raises(SystemExit):
         command(student, "--methods", "int4")
     assert "invalid choice: 'int4'" in capsys.readouterr().err

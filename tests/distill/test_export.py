@@ -14,6 +14,7 @@ from distill.errors import UserError
 from distill.exported import DeployedDetector, ExportedDetector, _with_fixed_padding, trace
 from distill.parity import compare_detections
 from distill.run_folder import RunFolder
+from students import Detections
 from students.nms import select
 
 SIZE = (64, 96)
@@ -79,9 +80,14 @@ def test_onnx_of_any_batch_and_size(onnx, build_tiny, tmp_path):
 @pytest.mark.parametrize("head", ["gfl", "retinanet"])
 def test_onnx_of_other_heads(onnx, build_tiny, tmp_path, head):
     detector, file = lively(build_tiny, head=head), tmp_path / "student.onnx"
+    if head == "gfl":  # boxes of all sizes, most of them small
+        torch.nn.init.normal_(detector.head.box_distances.weight, std=0.3)
+        detector.head.box_distances.bias.data.copy_(-torch.arange(17.0).repeat(4) / 2)
     for outputs in ("detections", "raw"):
         export.write(DeployedDetector(detector, outputs), file, "onnx", INFO | {"outputs": outputs})
-        assert_same_detections(detector, ExportedDetector(file, detector=detector), pictures(2))
+        exported, images, sizes = ExportedDetector(file, detector=detector), pictures(2), [SIZE] * 2
+        with torch.inference_mode():
+            assert_alike(exported.decode(exported(images), sizes), detector.decode(detector(images), sizes))
 
 
 @pytest.mark.parametrize(
@@ -99,10 +105,14 @@ def test_torchvisions_detectors_without_their_own_post_processing(family, settin
     for layer in detector.output_layers:
         torch.nn.init.normal_(layer.weight, std=0.05)
         torch.nn.init.zeros_(layer.bias)  # sure of something
-    # torchvision takes the best of each level, or class, and we of all together: here neither leaves any out
-    detector.model.topk_candidates = 100_000
+    # torchvision takes the best of each level, or class, and we of all together; and some of its detections are of the
+    # background, which no one has trained here: neither shall leave any out
+    detector.model.topk_candidates = detector.model.detections_per_img = 10_000
     images, sizes = pictures(2, size), [size] * 2
-    with torch.inference_mode():
+    with torch.no_grad():
+        if family.startswith("ssd"):  # whose deep maps fade in a new network, and all scores become one
+            for layer, level in zip(detector.output_layers, detector(images).raw_logits):
+                layer.weight /= level.std()
         output = detector(images)
         assert_alike(select(*detector.candidates(output), sizes, *detector.limits), detector.decode(output, sizes))
     info = INFO | {"image_size": list(size), "outputs": "detections"}
@@ -114,10 +124,16 @@ def test_torchvisions_detectors_without_their_own_post_processing(family, settin
 
 
 def assert_alike(ours, theirs):
-    """But for those where rounding decided which of two survives."""
+    """But for those where rounding decided which of two survives; without boxes that clipping left without an area."""
+    ours, theirs = ([with_area(found) for found in image] for image in (ours, theirs))
     far = compare_detections(ours, theirs)
-    assert all(len(found.scores) > 20 for found in theirs)
+    assert all(len(found.scores) > 10 for found in theirs)
     assert far.unmatched <= 2 and far.largest["boxes"] < 0.01 and far.largest["scores"] < 1e-4
+
+
+def with_area(found):
+    keep = (found.boxes[:, 2:] - found.boxes[:, :2]).amin(dim=1) > 1
+    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
 
 
 def test_two_stages_are_refused_by_what_works():
