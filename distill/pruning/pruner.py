@@ -33,6 +33,8 @@ class Pruner:
         target: share of the uncut student's cost that is left after the last cut.
         epochs: before which cuts are made, counted from 0.
         budget: what costs are counted in, see `distill.pruning.cost.Cost`.
+        method: `cut`, or `soft`, which at all `epochs` but the last only chooses channels to be set to 0, see
+            `distill.pruning.soft`.
         schedule: how much each cut takes, see `distill.pruning.schedule.share_left`.
         importance: a name in `distill.pruning.importance`.
         knowledge: whether the knowledge terms count where an importance goes by gradients, or the task alone.
@@ -49,6 +51,7 @@ class Pruner:
         device: where latency is measured; None: where the student is.
 
     Attributes:
+        soft_epochs: before which channels are set to 0 instead of cut.
         uncut: what the student costs before any cut, as `check` finds it.
         uncut_widths: likewise, of the narrowest group that runs through each dimension of each tensor: a group may be
             named otherwise once blocks are gone.
@@ -60,6 +63,7 @@ class Pruner:
         target: float,
         epochs: Sequence[int],
         budget: str = "macs",
+        method: str = "cut",
         schedule: str = "cubic",
         importance: str = "group_l1",
         knowledge: bool = True,
@@ -75,6 +79,7 @@ class Pruner:
     ):
         self.image_size, self.device = image_size, device
         self.target, self.epochs, self.budget, self.schedule = target, sorted(set(epochs)), budget, schedule
+        self.soft_epochs = self.epochs[:-1] if method == "soft" else []
         self.importance, self.knowledge, self.greedy = IMPORTANCES[importance], knowledge, greedy
         self.ranking, self.curves, self.per = ranking, curves or {}, per
         self.limits, self.round_to = Limits(floor, keep, limits), round_to

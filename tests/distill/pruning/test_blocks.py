@@ -138,7 +138,7 @@ def test_a_block_without_its_branch_gives_its_input(build_tiny, backbone):
 
 def test_torchvisions_residual_branches_are_found():
     detector = students.build("fcos", class_names=["a"], backbone="resnet18", channels=32, head_depth=1)
-    blocks = find_blocks(detector, (128, 128))
+    blocks = find_blocks(detector, (256, 256))
     assert [b.name.partition("body.")[2] for b in blocks] == [
         "layer1.0",
         "layer1.1",
@@ -204,16 +204,16 @@ def test_blocks_go_in_equal_numbers_and_never_twice(build_tiny, batch):
 
 
 def test_everything_follows_a_block_that_goes(make_trained, images, tmp_path):
-    unit, ema, optimizer, step = make_trained(backbone="resnet18")
+    unit, ema, optimizer, step = make_trained(channels=32)
     uncut = count_macs(unit.student, SIZE), count_parameters(unit.student)
-    names = ["backbone.body.layer1.0", "backbone.body.layer3.1"]
+    names = ["backbone.body.layer1.0"]  # the only one of this tiny network
     gone = {p for name in names for p in unit.student.get_submodule(name).parameters()}
     lost = sum(p.numel() for p in gone)
     plan = Plan((), blocks=tuple((f"student.{name}", "act2") for name in names))
     # stream channels of layer1 are named after what is left
     foretold = {budget: Cost(unit, budget, SIZE).after(plan) for budget in ("macs", "params")}
     moments = {p: optimizer.state[p]["exp_avg"].clone() for p in unit.parameters() if p not in gone}
-    pruner = Pruner(SIZE, target=0.5, epochs=[1], ranking="global")
+    pruner = Pruner(SIZE, target=0.6, epochs=[1], ranking="global")
     pruner.check(unit)
     cut_everywhere(plan, unit, ema, optimizer)
 
@@ -227,7 +227,7 @@ def test_everything_follows_a_block_that_goes(make_trained, images, tmp_path):
     # what blocks freed counts towards the budget of the channels; then all is rebuilt from JSON
     channels = pruner.plan(unit, 1)
     cut_everywhere(channels, unit, ema, optimizer)
-    assert 0.45 < count_macs(unit.student, SIZE) / uncut[0] <= 0.5
+    assert 0.5 < count_macs(unit.student, SIZE) / uncut[0] <= 0.6
     step()
     students.save(ema.module, tmp_path / "student")
     again = students.load(tmp_path / "student")
@@ -238,10 +238,10 @@ def test_everything_follows_a_block_that_goes(make_trained, images, tmp_path):
 
 
 def test_blocks_and_channels_in_one_plan(make_trained, images):
-    unit, ema, optimizer, step = make_trained(backbone="resnet18")
-    pruner = Pruner(SIZE, target=0.5, epochs=[1], ranking="global")
+    unit, ema, optimizer, step = make_trained(channels=32)
+    pruner = Pruner(SIZE, target=0.6, epochs=[1], ranking="global")
     pruner.check(unit)
-    blocks = Plan((), blocks=(("student.backbone.body.layer2.1", "act2"),))
+    blocks = Plan((), blocks=(("student.backbone.body.layer1.0", "act2"),))
     trial = copy.deepcopy(unit)
     apply_plan([(trial, blocks)])
     channels = pruner.plan(trial, 1)
@@ -256,7 +256,7 @@ def test_blocks_and_channels_in_one_plan(make_trained, images):
 
 
 def test_what_is_not_there_leaves_everything(make_trained):
-    unit, ema, optimizer, _ = make_trained(backbone="resnet18")
+    unit, ema, optimizer, _ = make_trained()
     parameters, held = list(unit.parameters()), [list(group["params"]) for group in optimizer.param_groups]
     blocks = (("student.backbone.body.layer1.0", "act2"), ("student.backbone.body.layer1.9", "act2"))
     with pytest.raises(ValueError, match=r"removes 'student.backbone.body.layer1.9', which this network does not have"):
