@@ -158,7 +158,7 @@ def test_what_else_is_pruned_comes_back(start, interrupt, settings, tmp_path, ca
     assert drawn[0] > drawn[1] > drawn[2] == drawn[3] == 0
     assert all(row["small_scales"] for row in rows)
     nonzero = [float(row["nonzero"]) for row in rows]
-    assert nonzero[0] == nonzero[1] == 1 > nonzero[2] > nonzero[3]
+    assert nonzero[0] > 0.9 and nonzero[1] > 0.9 > nonzero[2] > nonzero[3]  # before masks some filters are silent
     # the averaged copy, which is what is kept, is 0 where the student is
     counted = sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in student.parameters())
     total = sum(p.numel() for p in student.parameters())
