@@ -269,17 +269,13 @@ def fit(run: Run) -> None:
             report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{what}{at_once}")
         if starts and run.pruner and epoch in run.pruner.soft_epochs:
             silence_channels(plan_channels(run, unit, epoch), unit)
-            report.say(
-                f"before epoch {epoch + 1} channels are set to 0, {1 - run.pruner.due(epoch):.1%} of "
-                f"the {BUDGETS[run.pruner.budget]}; they may come back"
-            )
+            share = f"{1 - run.pruner.due(epoch):.1%} of the {BUDGETS[run.pruner.budget]}"
+            report.say(f"before epoch {epoch + 1} channels are set to 0, {share}; they may come back")
         if run.sparsity and (plan or epoch == first):
             run.sparsity.follow(unit, image_size)
         if run.masks:
             if starts and (epoch in run.masks.epochs or (plan and epoch > run.masks.epochs[0])):
-                chosen = run.masks.choose(unit, epoch, teachers, run.calibration_batches(16))
-                set_to_zero(agree_on(accelerator, chosen), dict.fromkeys((student, kept)))
-                report.say(f"masks before epoch {epoch + 1}: {nonzero(student):.1%} of the parameters are not 0")
+                choose_masks(run, epoch, kept)
             run.masks.follow(student, epoch)
 
         def enter_step(step: int, epoch: int = epoch) -> None:
@@ -361,6 +357,13 @@ def plan_channels(run: Run, unit: Distiller, epoch: int) -> Plan:
     evidence = run.pruner.measure(unit, run.teachers, run.calibration_batches(16))
     is_main = run.accelerator.is_main_process
     return agree(run.accelerator, run.pruner.plan(unit, epoch, evidence) if is_main else None)
+
+
+def choose_masks(run: Run, epoch: int, kept: Detector) -> None:
+    """Sets to 0 what is to be held from now on, alike on every rank, in the student and its averaged copy."""
+    masks = run.masks.choose(run.unit, epoch, run.teachers, run.calibration_batches(16))
+    set_to_zero(agree_on(run.accelerator, masks), dict.fromkeys((run.unit.student, kept)))
+    run.report.say(f"masks before epoch {epoch + 1}: {nonzero(run.unit.student):.1%} of the parameters are not 0")
 
 
 def nonzero(detector: Detector) -> float:

@@ -20,6 +20,11 @@ def _height_and_width(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _n_of_m(value: Any) -> Any:
+    """2:4 as it was written: YAML takes it for a number with the base 60."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
+
+
 # words such as 1e-3, which YAML does not take for a number, pass; bools and infinity, which are never meant, do not
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -373,7 +378,7 @@ class BlocksConfig(TimedSection):
 class MasksConfig(TimedSection):
     """Settings of `distill.pruning.masks.Masks`."""
 
-    kind: str = "weights"  # or kernels, or N of M neighbouring inputs, such as "2:4"
+    kind: Annotated[str, BeforeValidator(_n_of_m)] = "weights"  # or kernels, or N of M neighbouring inputs, such as 2:4
     sparsity: Annotated[Number, Field(gt=0, lt=1)] | None = None  # share that is 0 in the end; N:M says it itself
     importance: Literal["magnitude", "gradient"] = "magnitude"
     ranking: Literal["uniform", "global"] = "uniform"  # the same share of every layer, or the least anywhere

@@ -269,6 +269,16 @@ def test_a_file_that_does_not_exist_comes_with_a_near_one(write, tmp_path):
         load_config(tmp_path / "b.yaml")
 
 
+@pytest.mark.parametrize("text", ["2:4", "'2:4'", "1:32", "weights"])
+def test_kinds_of_masks_as_they_are_written(write, text):
+    config = load_config(
+        write(), [f"pruning={{masks: {{kind: {text}, epochs: [1]{', sparsity: 0.5' * (text == 'weights')}}}}}"]
+    )
+    assert config.pruning.masks.kind == text.strip("'")
+    assert config.pruning.masks.divisor == {"2:4": 4, "1:32": 32, "weights": 1}[text.strip("'")]
+    assert config.pruning.cut_epochs == [] and config.pruning.last_cut is None
+
+
 def test_a_detector_is_dense_unless_it_says_otherwise(write):
     assert load_config(write()).student.name == "dense"
     config = load_config(write(), ["student={name: mask_rcnn, backbone: resnet18}"])
