@@ -6,6 +6,7 @@ python train.py --resume runs/bccd
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections import deque
@@ -34,20 +35,25 @@ from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluat
 from distill.footprint import estimate
 from distill.guards import check_alike, check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.interruption import Interruption, Stopped
-from distill.measure import count_macs, count_parameters, measure_cuts, measure_latency
+from distill.measure import count_macs, count_nonzero, count_parameters, measure_cuts, measure_latency
 from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
+from distill.pruning.blocks import BlockPruner
 from distill.pruning.cost import BUDGETS
+from distill.pruning.masks import Masks, agree_on, set_to_zero
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
+from distill.pruning.soft import silence_channels
+from distill.pruning.sparsity import SparsityPenalty, small_scales
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
-from distill.schema import TEACHER, Config
+from distill.schema import PENALTY, TEACHER, Config
 from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
 from distill.trouble import in_plain_words, is_of_peer
 from students import Detector, Plan
+from students.plan import apply_plan
 from teachers import Teacher, inherit
 
 CHECK_EVERY = 10  # steps between two looks at the losses
@@ -115,6 +121,9 @@ class Run:
     unit: Distiller  # the student with its knowledge terms
     teachers: dict[str, Teacher]  # by name; none in plain training
     pruner: Pruner | None
+    blocks: BlockPruner | None
+    sparsity: SparsityPenalty | None
+    masks: Masks | None
     folder: RunFolder
     report: Report
     accelerator: Accelerator
@@ -136,6 +145,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     detectors = build.build_teachers(config, data.class_names)
     unit = build.build_unit(config, data.class_names, detectors)
     pruner = build.build_pruner(config, unit, accelerator.device)
+    blocks = build.build_block_pruner(config, unit)
+    sparsity, masks = build.build_sparsity(config, unit), build.build_masks(config, unit)
 
     folder = RunFolder(config.output_dir)
     untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.path is None}
@@ -167,7 +178,22 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     start_tracking(accelerator, config)
     interruption = Interruption(accelerator, config.train.save_minutes)
     with interruption, in_plain_words(config, data.train.loader):
-        fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, interruption, role))
+        run = Run(
+            config,
+            data,
+            unit,
+            teachers,
+            pruner,
+            blocks,
+            sparsity,
+            masks,
+            folder,
+            report,
+            accelerator,
+            interruption,
+            role,
+        )
+        fit(run)
     stop_tracking(accelerator, config)
 
 
@@ -234,7 +260,8 @@ def fit(run: Run) -> None:
     album = Album(run.folder, run.data, shown, accelerator, report)
     seconds: list[float] = []
     reported: set[str] = set()
-    for epoch in range(progress.epoch, epochs):
+    first = progress.epoch
+    for epoch in range(first, epochs):
         starts = progress.within is None
         within = progress.within = progress.within or EpochProgress()
         began = time.perf_counter() - within.seconds
@@ -255,9 +282,7 @@ def fit(run: Run) -> None:
             unit.combiner.epoch = epoch + step / len(loader)
 
         enter_step(within.step)  # what is measured between two epochs goes by the weights of this one
-        plan = None
-        if starts and run.pruner and epoch in run.pruner.epochs:
-            plan = plan_cut(run, epoch)
+        plan = plan_cut(run, epoch) if starts else None
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
@@ -273,9 +298,21 @@ def fit(run: Run) -> None:
             progress.record_cut(plan)
             within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
             at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
-            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
-            left += f", {run.pruner.due(epoch):.1%} were due"
-            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
+            what = f"; without {', '.join(name for name, _ in student.plans[-1].blocks)}" if plan.blocks else ""
+            if run.pruner:
+                what += f"; {run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
+                what += f", {run.pruner.due(epoch):.1%} were due" if epoch in run.pruner.epochs else ""
+            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{what}{at_once}")
+        if starts and run.pruner and epoch in run.pruner.soft_epochs:
+            silence_channels(plan_channels(run, unit, epoch), unit)
+            share = f"{1 - run.pruner.due(epoch):.1%} of the {BUDGETS[run.pruner.budget]}"
+            report.say(f"before epoch {epoch + 1} channels are set to 0, {share}; they may come back")
+        if run.sparsity and (plan or epoch == first):
+            run.sparsity.follow(unit, image_size)
+        if run.masks:
+            if starts and (epoch in run.masks.epochs or (plan and epoch > run.masks.epochs[0])):
+                choose_masks(run, epoch, kept)
+            run.masks.follow(student, epoch)
 
         def save(within: EpochProgress = within, began: float = began) -> None:
             within.seconds = time.perf_counter() - began
@@ -301,6 +338,10 @@ def fit(run: Run) -> None:
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
         cost = {"macs": macs, "macs_left": macs / progress.uncut_macs, "params": count_parameters(student)}
+        if run.sparsity:
+            cost["small_scales"] = small_scales(student)
+        if run.masks:
+            cost["nonzero"] = nonzero(student)
         others = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if teachers else {})
         results = results_row(epoch + 1, losses, cost, result, others, lr, seconds[-1])
         if accelerator.is_main_process:
@@ -321,11 +362,38 @@ def fit(run: Run) -> None:
 
 
 def plan_cut(run: Run, epoch: int) -> Plan:
-    """The cut that is due before an epoch, the same on every rank."""
+    """The cut that is due before an epoch, the same on every rank: blocks, and channels of what they leave."""
+    unit, blocks, channels = run.unit, Plan(()), Plan(())
+    if run.blocks and epoch in run.blocks.epochs:
+        with torch.compiler.set_stance("force_eager"):  # compiled parts would not leave out what is tried without
+            plan = run.blocks.plan(unit, epoch, run.teachers, run.calibration_batches())
+        blocks = agree(run.accelerator, plan)
+    if run.pruner and epoch in run.pruner.epochs and epoch not in run.pruner.soft_epochs:
+        if blocks:
+            unit = copy.deepcopy(unit)
+            apply_plan([(unit, blocks)])
+        channels = plan_channels(run, unit, epoch)
+    return Plan(channels.cuts, channels.numbers, blocks.blocks)
+
+
+def plan_channels(run: Run, unit: Distiller, epoch: int) -> Plan:
+    """The channels of a unit that are due before an epoch, the same on every rank."""
     with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
-        evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
+        evidence = run.pruner.measure(unit, run.teachers, run.calibration_batches(16))
     is_main = run.accelerator.is_main_process
-    return agree(run.accelerator, run.pruner.plan(run.unit, epoch, evidence) if is_main else None)
+    return agree(run.accelerator, run.pruner.plan(unit, epoch, evidence) if is_main else None)
+
+
+def choose_masks(run: Run, epoch: int, kept: Detector) -> None:
+    """Sets to 0 what is to be held from now on, alike on every rank, in the student and its averaged copy."""
+    masks = run.masks.choose(run.unit, epoch, run.teachers, run.calibration_batches(16))
+    set_to_zero(agree_on(run.accelerator, masks), dict.fromkeys((run.unit.student, kept)))
+    run.report.say(f"masks before epoch {epoch + 1}: {nonzero(run.unit.student):.1%} of the parameters are not 0")
+
+
+def nonzero(detector: Detector) -> float:
+    """Share of its parameters that are not 0."""
+    return count_nonzero(detector) / count_parameters(detector)
 
 
 def look_at_losses(run: Run) -> None:
@@ -377,11 +445,16 @@ def train_epoch(
         with accelerator.accumulate(trained):
             lessons = unit.ask(run.teachers, batch.images, batch.targets)
             loss, parts = trained(batch.images, batch.targets, lessons)
+            if run.sparsity:
+                penalty = run.sparsity(unit.combiner.epoch)
+                loss, parts = loss + penalty, parts | {PENALTY: penalty.detach()}
             accelerator.backward(loss)
             if accelerator.sync_gradients and settings.clip_norm:
                 accelerator.clip_grad_norm_(unit.parameters(), settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+        if run.masks:
+            run.masks.hold()
         if ema and accelerator.sync_gradients:
             ema.update(unit.student)
         sums = {name: value + sums.get(name, 0) for name, value in parts.items()}

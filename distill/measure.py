@@ -34,6 +34,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_nonzero(model: nn.Module) -> int:
+    """Parameters, but for weights (of more than one dimension) that are exactly 0, as masks leave them."""
+    return sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in model.parameters())
+
+
 def run_whole(model: nn.Module, images: Tensor) -> object:
     """A forward pass; of a detector with what comes after it but selection: a two-stage detector's ROI head, on as many
     boxes as it proposes at most in evaluation, whatever the image shows."""

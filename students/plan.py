@@ -1,5 +1,6 @@
 """A cut as data: which indices of which tensors stay, and the one function that applies it to all or to nothing."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,14 @@ class Plan:
         cuts: what stays of the tensors.
         numbers: (dotted name, by how much it becomes less) of ints in which blocks keep a width beside their tensors,
             such as the one at which they split their channels; `0.splits.1` is the second of a list.
+        blocks: (module name, what of it stays) of residual branches that go: the name, within the module, of what comes
+            after the sum, such as `act2`; empty where the module's input itself stays. They go first: nothing of them
+            is among the cuts.
     """
 
     cuts: tuple[Cut, ...]
     numbers: tuple[tuple[str, int], ...] = ()
+    blocks: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_removed(cls, removed: dict[tuple[str, int | None], set[int]], tensors: dict[str, Tensor]) -> "Plan":
@@ -60,11 +65,13 @@ class Plan:
             for c in data
             if "keep" in c
         )
-        return cls(cuts, tuple((c["number"], c["less"]) for c in data if "number" in c))
+        numbers = tuple((c["number"], c["less"]) for c in data if "number" in c)
+        return cls(cuts, numbers, tuple((c["block"], c["stays"]) for c in data if "block" in c))
 
     def to_json(self) -> list[dict[str, Any]]:
         cuts = [{"width": c.width, "keep": list(c.keep), "slices": [list(s) for s in c.slices]} for c in self.cuts]
-        return [*cuts, *({"number": name, "less": less} for name, less in self.numbers)]
+        numbers = ({"number": name, "less": less} for name, less in self.numbers)
+        return [*({"block": name, "stays": stays} for name, stays in self.blocks), *cuts, *numbers]
 
     def below(self, prefix: str) -> "Plan":
         """The part of the plan that concerns tensors under `prefix`, with the prefix taken off their names."""
@@ -73,10 +80,11 @@ class Plan:
             for c in self.cuts
         )
         numbers = ((name.removeprefix(prefix), less) for name, less in self.numbers if name.startswith(prefix))
-        return Plan(tuple(cut for cut in cuts if cut.slices), tuple(numbers))
+        blocks = ((name.removeprefix(prefix), stays) for name, stays in self.blocks if name.startswith(prefix))
+        return Plan(tuple(cut for cut in cuts if cut.slices), tuple(numbers), tuple(blocks))
 
     def __bool__(self) -> bool:
-        return bool(self.cuts)
+        return bool(self.cuts or self.blocks)
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -89,15 +97,17 @@ def apply_plan(targets: Iterable[tuple[nn.Module, Plan]], optimizers: Sequence[O
 
     Parameters keep their identity (their data is replaced), so optimizers, schedulers and Accelerate go on holding the
     live ones; of the optimizer state, tensors of the parameter's shape (momentum, exp_avg, exp_avg_sq and so on) are
-    sliced alike and step counters stay. Gradients are dropped. `requires_grad` does not change. A distributed wrapper
-    must be taken off first and rebuilt afterwards: it holds on to the old shapes.
+    sliced alike and step counters stay. Gradients are dropped. `requires_grad` does not change. What a block had that
+    goes leaves the optimizers, too. A distributed wrapper must be taken off first and rebuilt afterwards: it holds the
+    old shapes.
 
     Raises:
-        ValueError: a tensor is missing or has another width than the plan was made for; nothing has changed then.
+        ValueError: a tensor or block is missing, or a tensor has another width than the plan was made for; nothing has
+            changed then.
     """
     changes: list[tuple[Any, str, Any]] = []  # (owner, attribute or key, new value)
     for module, plan in targets:
-        changes += _stage(module, plan, optimizers)
+        changes += _stage(module, plan, optimizers) + _stage_blocks(module, plan.blocks, optimizers)
     done: list[tuple[Any, str, Any]] = []
     try:
         for owner, key, value in changes:
@@ -159,6 +169,37 @@ def _stage_numbers(module: nn.Module, numbers: Sequence[tuple[str, int]]) -> lis
             raise ValueError(f"plan: changes the number {name!r}, which this network does not have") from error
         found[(owner, key)] = new
     return [(owner, key, value) for (owner, key), value in found.items()]
+
+
+def _stage_blocks(
+    module: nn.Module, blocks: Sequence[tuple[str, str]], optimizers: Sequence[Optimizer]
+) -> list[tuple[Any, str, Any]]:
+    """Other modules in the place of blocks, and optimizers without what only the blocks had."""
+    changes: list[tuple[Any, str, Any]] = []
+    staying = []
+    for name, stays in blocks:
+        parent, _, key = name.rpartition(".")
+        try:
+            block = module.get_submodule(name)
+            left = block.get_submodule(stays) if stays else nn.Identity().train(block.training)
+        except AttributeError as error:
+            raise ValueError(f"plan: removes {name!r}, which this network does not have") from error
+        changes.append((module.get_submodule(parent)._modules, key, left))
+        # what comes in now belongs to someone else
+        changes += [(part, "inplace", False) for part in left.modules() if getattr(part, "inplace", False)]
+        staying.append(left)
+    prefixes = tuple(f"{name}." for name, _ in blocks)
+    everything = list(module.named_parameters(remove_duplicate=False))
+    kept = {p for name, p in everything if not name.startswith(prefixes)} | {p for m in staying for p in m.parameters()}
+    gone = {p for _, p in everything} - kept
+    for optimizer in optimizers:
+        groups = optimizer.param_groups
+        if not gone & {p for group in groups for p in group["params"]}:  # an averaged copy is nobody's
+            continue
+        changes += [(group, "params", [p for p in group["params"] if p not in gone]) for group in groups]
+        state = {p: value for p, value in optimizer.state.items() if p not in gone}
+        changes.append((optimizer, "state", defaultdict(dict, state)))
+    return changes
 
 
 def _slice(tensor: Tensor, cuts: list[tuple[int, Cut]]) -> Tensor:

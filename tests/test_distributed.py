@@ -10,6 +10,7 @@ import yaml
 import students
 import train
 from distill.data.shapes import CLASSES
+from distill.measure import count_nonzero, count_parameters
 
 
 @pytest.fixture
@@ -68,13 +69,18 @@ def digest(tensors):
 
 def test_two_processes_hold_the_same_student(settings, launch, tmp_path):
     settings["data"]["batch_size"] = 2  # two steps an epoch on each
-    settings["pruning"] |= {"end": 2, "every": 1, "evaluate": True}
+    settings["pruning"] |= {"end": 2, "every": 1, "evaluate": True, "blocks": {"count": 1, "epochs": [1]}}
+    settings["pruning"]["sparsity"] = {"scales": 0.01, "weights": 1e-5, "groups": 1e-4, "spare_shortcuts": True}
+    settings["pruning"]["masks"] = {"sparsity": 0.5, "epochs": [2], "importance": "gradient", "ranking": "global"}
     settings["train"]["epochs"] = 3
     settings["teacher"]["train"]["epochs"] = 1
     first, second, said = launch(settings)
     assert first["terms"] == 4 and len(first["plans"]) == 2
     assert second["plans"] == first["plans"]
     assert second["parameters"] == first["parameters"]
+    student = students.load(tmp_path / "run/student")
+    assert [name for name, _ in student.plans[0].blocks] == ["backbone.body.layer1.0"]
+    assert 0.5 <= count_nonzero(student) / count_parameters(student) < 0.6
     # batch-norm statistics included: each rank evaluates its share of the images
     assert second["kept"] == first["kept"]
     rows = (tmp_path / "run" / "results.csv").read_text().splitlines()

@@ -77,10 +77,13 @@ class ChannelGraph:
         groups: all channels that may go; those that run through most layers first, of these the ones nearest to the
             outputs.
         whole: why other layers than the output layers keep outputs, by the layer's name.
+        summed: parameters and buffers along whose first dimension lie channels that are added to others, as those of a
+            residual branch are to its input.
     """
 
     groups: list[ChannelGroup]
     whole: dict[str, str]
+    summed: frozenset[str] = frozenset()
 
 
 def find_groups(unit: Distiller, image_size: tuple[int, int]) -> list[ChannelGroup]:
@@ -121,7 +124,7 @@ def trace_channels(unit: Distiller, image_size: tuple[int, int]) -> ChannelGraph
         trial = copy.deepcopy(skeleton)
         apply_plan([(trial, Plan.from_removed(removed, tensors))])
         if rehearsal.passes(trial, image):
-            return ChannelGraph(groups, _left_whole(known, channel_of, bundles))
+            return ChannelGraph(groups, _left_whole(known, channel_of, bundles), _summed(tracer, channel_of))
         _blame(tracer, channel_of, rehearsal.number)
 
 
@@ -245,3 +248,11 @@ def _left_whole(known: Channels, channel_of: np.ndarray, bundles: Sequence[Bundl
             if reason != OUTPUT:
                 whole.setdefault(layer, reason)
     return whole
+
+
+def _summed(tracer: Tracer, channel_of: np.ndarray) -> frozenset[str]:
+    """Whose channels meet in a sum of two maps."""
+    sums = (step.inputs for step in tracer.steps if step.operation == "add" and len(step.inputs) == 2)
+    met = {int(channel) for maps in sums for labels in maps for channel in channel_of[labels]}
+    entries = zip(tracer.channels.entries, channel_of.tolist())
+    return frozenset(entry.name for entry, channel in entries if entry.name and entry.dim == 0 and channel in met)
