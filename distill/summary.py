@@ -93,9 +93,11 @@ def _other_pruning(config: PruningConfig) -> dict[str, str]:
 
 
 def times(epochs: Sequence[int], what: str) -> str:
-    """Such as '3 cuts before epoch 2 to 6', of epochs counted from 0."""
-    last = f" to {epochs[-1] + 1}" if len(epochs) > 1 else ""
-    return f"{counted(len(epochs), what)} before epoch {epochs[0] + 1}{last}"
+    """Such as '2 cuts before epochs 3, 6', of epochs counted from 0."""
+    numbers = [str(epoch + 1) for epoch in epochs]
+    if len(epochs) > 2 and list(epochs) == list(range(epochs[0], epochs[-1] + 1)):
+        numbers = [f"{numbers[0]} to {numbers[-1]}"]
+    return f"{counted(len(epochs), what)} before {'epoch' if len(epochs) == 1 else 'epochs'} {', '.join(numbers)}"
 
 
 def describe_levels(terms: Mapping[str, KnowledgeTerm]) -> str:

@@ -6,9 +6,9 @@ from distill.summary import describe_config
 @pytest.mark.parametrize(
     "when, told",
     [
-        ({"start": 1, "end": 4}, "cut before epochs 2 to 5"),
-        ({"start": None, "end": None, "epochs": [2, 5]}, "cut before epochs 3, 6"),
-        ({"start": None, "end": None, "epochs": [0]}, "cut before epoch 1"),
+        ({"start": 1, "end": 4}, "4 cuts before epochs 2 to 5"),
+        ({"start": None, "end": None, "epochs": [2, 5]}, "2 cuts before epochs 3, 6"),
+        ({"start": None, "end": None, "epochs": [0]}, "1 cut before epoch 1"),
     ],
 )
 def test_when_is_cut(when, told):
