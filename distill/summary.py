@@ -144,7 +144,7 @@ def _title_and_size(detector: Detector, image_size: tuple[int, int]) -> str:
     return "; ".join([f"{detector.title}: {size(detector, image_size)}", *detector.notes])
 
 
-def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:
+def describe(result: EvaluationResult, detector: torch.nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
     """A detector's entry in `summary.json`, still without latency."""
     return {
         "ap": result.ap,
@@ -155,8 +155,9 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
         "ap_large": result.ap_large,
         "per_class": result.per_class,
         "precision": result.precision,
-        "params": count_parameters(detector),
-        "macs": count_macs(detector, image_size),
+        # of an exported file neither is known
+        "params": count_parameters(detector) if isinstance(detector, Detector) else None,
+        "macs": count_macs(detector, image_size) if isinstance(detector, Detector) else None,
     }
 
 
