@@ -6,6 +6,7 @@ python train.py --resume runs/bccd
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections import deque
@@ -27,26 +28,32 @@ from distill.checkpoint import EpochProgress, Progress, find_checkpoints, load_c
 from distill.config import check_config, load_config, override
 from distill.data import Batch, set_epoch, start_after
 from distill.distiller import Distiller
-from distill.distributed import on_main, release, share_buffers
+from distill.distributed import compile_parts, on_main, release, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
-from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
+from distill.footprint import estimate
+from distill.guards import check_alike, check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.interruption import Interruption, Stopped
-from distill.measure import count_macs, count_parameters, measure_cuts, measure_latency
+from distill.measure import count_macs, count_nonzero, count_parameters, measure_cuts, measure_latency
 from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
+from distill.pruning.blocks import BlockPruner
 from distill.pruning.cost import BUDGETS
+from distill.pruning.masks import Masks, agree_on, set_to_zero
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
+from distill.pruning.soft import silence_channels
+from distill.pruning.sparsity import SparsityPenalty, small_scales
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
-from distill.schema import TEACHER, Config
+from distill.schema import PENALTY, TEACHER, Config
 from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
-from distill.trouble import in_plain_words
+from distill.trouble import in_plain_words, is_of_peer
 from students import Detector, Plan
+from students.plan import apply_plan
 from teachers import Teacher, inherit
 
 CHECK_EVERY = 10  # steps between two looks at the losses
@@ -88,6 +95,11 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not is_of_peer(error):
+            raise
+        print("error: another process of this run ended before training began, and has said why", file=sys.stderr)
+        return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status
@@ -109,6 +121,9 @@ class Run:
     unit: Distiller  # the student with its knowledge terms
     teachers: dict[str, Teacher]  # by name; none in plain training
     pruner: Pruner | None
+    blocks: BlockPruner | None
+    sparsity: SparsityPenalty | None
+    masks: Masks | None
     folder: RunFolder
     report: Report
     accelerator: Accelerator
@@ -130,6 +145,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     detectors = build.build_teachers(config, data.class_names)
     unit = build.build_unit(config, data.class_names, detectors)
     pruner = build.build_pruner(config, unit, accelerator.device)
+    blocks = build.build_block_pruner(config, unit)
+    sparsity, masks = build.build_sparsity(config, unit), build.build_masks(config, unit)
 
     folder = RunFolder(config.output_dir)
     untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.path is None}
@@ -140,26 +157,53 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
             folder.check_free(config.overwrite, kept)
         else:
             on_main(accelerator, lambda: RunFolder.create(folder.path, settings, overwrite=config.overwrite, keep=kept))
+    elif not dry_run:
+        on_main(accelerator, folder.take)
     report = Report(None if dry_run else folder.log_file, enabled=accelerator.is_main_process)
     report.banner(f"distill · {folder.path}", banner_rows(config, data, unit, detectors, pruner, accelerator, role))
     for index in data.indices:
         for note in index.notes.summary():
             report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
     if dry_run:
+        half = accelerator.mixed_precision != "no"
+        teachers = make_teachers(config, detectors, accelerator)
+        step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
+        report.banner(f"a step of {config.data.batch_size} images", step.rows())
         report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
         return
 
     for name in untrained:
         detectors[name] = train_teacher(config, name, folder, report, accelerator)
-    teachers = {
-        name: Teacher(detector, accelerator.device, config.all_teachers[name].precision)
-        for name, detector in detectors.items()
-    }
+    teachers = make_teachers(config, detectors, accelerator)
     start_tracking(accelerator, config)
     interruption = Interruption(accelerator, config.train.save_minutes)
     with interruption, in_plain_words(config, data.train.loader):
-        fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, interruption, role))
+        run = Run(
+            config,
+            data,
+            unit,
+            teachers,
+            pruner,
+            blocks,
+            sparsity,
+            masks,
+            folder,
+            report,
+            accelerator,
+            interruption,
+            role,
+        )
+        fit(run)
     stop_tracking(accelerator, config)
+
+
+def make_teachers(config: Config, detectors: dict[str, Detector], accelerator: Accelerator) -> dict[str, Teacher]:
+    """Freezes detectors, each on this process's device."""
+    settings = config.all_teachers
+    return {
+        name: Teacher(detector, accelerator.device, settings[name].precision, settings[name].shard)
+        for name, detector in detectors.items()
+    }
 
 
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -204,42 +248,25 @@ def fit(run: Run) -> None:
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
+    compile_parts([student, *(teacher.detector for teacher in teachers.values() if not teacher.sharded)])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
     teacher_aps = {name: evaluate_val(teacher.detector).ap for name, teacher in teachers.items()}
     teacher_ap = teacher_aps.get(best(teacher_aps))
     untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
-    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items()}
+    # what needs all processes cannot be asked by the one that draws
+    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items() if not teacher.sharded}
     album = Album(run.folder, run.data, shown, accelerator, report)
     seconds: list[float] = []
     reported: set[str] = set()
-    for epoch in range(progress.epoch, epochs):
+    first = progress.epoch
+    for epoch in range(first, epochs):
         starts = progress.within is None
         within = progress.within = progress.within or EpochProgress()
         began = time.perf_counter() - within.seconds
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
-
-        plan = None
-        if starts and run.pruner and epoch in run.pruner.epochs:
-            plan = plan_cut(run, epoch)
-        if plan:  # it is empty where the last cut already took this one's share
-            if progress.before is None:
-                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
-            uncut = size(student, image_size)
-            del trained  # a distributed wrapper would hold on to the old shapes
-            release(accelerator, unit)
-            cut_everywhere(plan, unit, ema, optimizer)
-            for detector in dict.fromkeys((student, kept)):
-                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
-            trained = accelerator.prepare_model(unit)
-            progress.record_cut(plan)
-            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
-            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
-            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
-            left += f", {run.pruner.due(epoch):.1%} were due"
-            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
 
         def enter_step(step: int, epoch: int = epoch) -> None:
             rate = rate_at(
@@ -254,12 +281,44 @@ def fit(run: Run) -> None:
             unit.combiner.step = epoch * len(loader) + step
             unit.combiner.epoch = epoch + step / len(loader)
 
+        enter_step(within.step)  # what is measured between two epochs goes by the weights of this one
+        plan = plan_cut(run, epoch) if starts else None
+        if plan:  # it is empty where the last cut already took this one's share
+            if progress.before is None:
+                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+            uncut = size(student, image_size)
+            del trained  # a distributed wrapper would hold on to the old shapes
+            release(accelerator, unit)
+            cut_everywhere(plan, unit, ema, optimizer)
+            check_alike(accelerator, unit, ema)
+            for detector in dict.fromkeys((student, kept)):
+                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
+            compile_parts([student])
+            trained = accelerator.prepare_model(unit)
+            progress.record_cut(plan)
+            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
+            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
+            what = f"; without {', '.join(name for name, _ in student.plans[-1].blocks)}" if plan.blocks else ""
+            if run.pruner:
+                what += f"; {run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
+                what += f", {run.pruner.due(epoch):.1%} were due" if epoch in run.pruner.epochs else ""
+            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{what}{at_once}")
+        if starts and run.pruner and epoch in run.pruner.soft_epochs:
+            silence_channels(plan_channels(run, unit, epoch), unit)
+            share = f"{1 - run.pruner.due(epoch):.1%} of the {BUDGETS[run.pruner.budget]}"
+            report.say(f"before epoch {epoch + 1} channels are set to 0, {share}; they may come back")
+        if run.sparsity and (plan or epoch == first):
+            run.sparsity.follow(unit, image_size)
+        if run.masks:
+            if starts and (epoch in run.masks.epochs or (plan and epoch > run.masks.epochs[0])):
+                choose_masks(run, epoch, kept)
+            run.masks.follow(student, epoch)
+
         def save(within: EpochProgress = within, began: float = began) -> None:
             within.seconds = time.perf_counter() - began
             save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
 
         if starts and unit.terms and epoch % config.guards.every == 0:
-            enter_step(0)
             look_at_losses(run)
             check_unchanged(teachers, untouched)
 
@@ -279,6 +338,10 @@ def fit(run: Run) -> None:
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
         cost = {"macs": macs, "macs_left": macs / progress.uncut_macs, "params": count_parameters(student)}
+        if run.sparsity:
+            cost["small_scales"] = small_scales(student)
+        if run.masks:
+            cost["nonzero"] = nonzero(student)
         others = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if teachers else {})
         results = results_row(epoch + 1, losses, cost, result, others, lr, seconds[-1])
         if accelerator.is_main_process:
@@ -299,10 +362,38 @@ def fit(run: Run) -> None:
 
 
 def plan_cut(run: Run, epoch: int) -> Plan:
-    """The cut that is due before an epoch, the same on every rank."""
-    evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
+    """The cut that is due before an epoch, the same on every rank: blocks, and channels of what they leave."""
+    unit, blocks, channels = run.unit, Plan(()), Plan(())
+    if run.blocks and epoch in run.blocks.epochs:
+        with torch.compiler.set_stance("force_eager"):  # compiled parts would not leave out what is tried without
+            plan = run.blocks.plan(unit, epoch, run.teachers, run.calibration_batches())
+        blocks = agree(run.accelerator, plan)
+    if run.pruner and epoch in run.pruner.epochs and epoch not in run.pruner.soft_epochs:
+        if blocks:
+            unit = copy.deepcopy(unit)
+            apply_plan([(unit, blocks)])
+        channels = plan_channels(run, unit, epoch)
+    return Plan(channels.cuts, channels.numbers, blocks.blocks)
+
+
+def plan_channels(run: Run, unit: Distiller, epoch: int) -> Plan:
+    """The channels of a unit that are due before an epoch, the same on every rank."""
+    with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
+        evidence = run.pruner.measure(unit, run.teachers, run.calibration_batches(16))
     is_main = run.accelerator.is_main_process
-    return agree(run.accelerator, run.pruner.plan(run.unit, epoch, evidence) if is_main else None)
+    return agree(run.accelerator, run.pruner.plan(unit, epoch, evidence) if is_main else None)
+
+
+def choose_masks(run: Run, epoch: int, kept: Detector) -> None:
+    """Sets to 0 what is to be held from now on, alike on every rank, in the student and its averaged copy."""
+    masks = run.masks.choose(run.unit, epoch, run.teachers, run.calibration_batches(16))
+    set_to_zero(agree_on(run.accelerator, masks), dict.fromkeys((run.unit.student, kept)))
+    run.report.say(f"masks before epoch {epoch + 1}: {nonzero(run.unit.student):.1%} of the parameters are not 0")
+
+
+def nonzero(detector: Detector) -> float:
+    """Share of its parameters that are not 0."""
+    return count_nonzero(detector) / count_parameters(detector)
 
 
 def look_at_losses(run: Run) -> None:
@@ -354,11 +445,16 @@ def train_epoch(
         with accelerator.accumulate(trained):
             lessons = unit.ask(run.teachers, batch.images, batch.targets)
             loss, parts = trained(batch.images, batch.targets, lessons)
+            if run.sparsity:
+                penalty = run.sparsity(unit.combiner.epoch)
+                loss, parts = loss + penalty, parts | {PENALTY: penalty.detach()}
             accelerator.backward(loss)
             if accelerator.sync_gradients and settings.clip_norm:
                 accelerator.clip_grad_norm_(unit.parameters(), settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+        if run.masks:
+            run.masks.hold()
         if ema and accelerator.sync_gradients:
             ema.update(unit.student)
         sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
@@ -398,13 +494,13 @@ def finish(
     split, device = config.data.test or config.data.val, run.accelerator.device
     after = describe(evaluate(kept), kept, image_size)
     teachers = {
-        name: describe(evaluate(teacher.detector), teacher.detector, image_size)
-        for name, teacher in run.teachers.items()
+        name: describe(evaluate(teacher.detector), teacher.shape, image_size) for name, teacher in run.teachers.items()
     }
     if not run.accelerator.is_main_process:
         return
     for name, entry in teachers.items():
-        entry["latency_ms"] = measure_latency(run.teachers[name].detector, image_size)
+        teacher = run.teachers[name]
+        entry["latency_ms"] = None if teacher.sharded else measure_latency(teacher.detector, image_size)
     of_student, cuts = after | {"latency_ms": measure_latency(kept, image_size)}, []
     if before:
         uncut, *cuts = measure_cuts(kept, image_size)

@@ -22,9 +22,12 @@ from distill.data.synthetic import draw_scenes
 from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
+from distill.pruning.blocks import BlockPruner
+from distill.pruning.masks import Masks
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
-from distill.schema import Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig
+from distill.pruning.sparsity import SparsityPenalty
+from distill.schema import Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig, TimedSection
 from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
 from teachers import ScaledDetector, inherit, speak
@@ -87,12 +90,13 @@ def build_data(config: DataConfig, seed: int = 0) -> Data:
     if config.unlabelled:
         unlabelled = open_unlabelled(config.unlabelled.root, config.unlabelled.split, class_names, config.unreadable)
 
-    augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump())
+    augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump(exclude={"mosaic"}))
+    mosaic = config.augment.mosaic
     train = labelled if labelled is not None else unlabelled
-    dataset = DetectionDataset(train, augmentation, seed, config.unreadable)
+    dataset = DetectionDataset(train, augmentation, seed, config.unreadable, mosaic)
     if labelled is not None and unlabelled is not None:
         # another seed, or images of the same number would be flipped and cropped alike
-        others = DetectionDataset(unlabelled, augmentation, seed + 1, config.unreadable)
+        others = DetectionDataset(unlabelled, augmentation, seed + 1, config.unreadable, mosaic)
         dataset = MixedDataset(dataset, others, config.unlabelled.ratio)
     # a last batch of one or two images would upset the batch norms
     drop_last = len(dataset) > config.batch_size
@@ -231,21 +235,59 @@ def build_term(config: TermConfig, student: Detector, teacher: Detector, name: s
 
 
 def build_pruner(config: Config, unit: Distiller, device: torch.device | None = None) -> Pruner | None:
-    """The pruner, once it is known that its target can be reached; None where nothing is to be cut.
+    """The pruner, once it is known that its target can be reached; None where no channels are to be cut.
 
     Args:
         config: whose pruning section counts.
         unit: the uncut student with its adapters.
         device: where latency is measured, if that is the budget; None: where the student is.
     """
-    if config.pruning is None:
+    if config.pruning is None or config.pruning.target is None:
         return None
-    elsewhere = {"start", "end", "every", "epochs", "sensitivity", "warmup_steps", "evaluate"}
+    elsewhere = {*TimedSection.model_fields, "sensitivity", "warmup_steps", "evaluate", "sparsity", "blocks", "masks"}
     curves = read_curves(config.pruning.sensitivity) if config.pruning.sensitivity else None
     settings = config.pruning.model_dump(exclude=elsewhere)
     pruner = Pruner(config.data.image_size, epochs=config.pruning.cut_epochs, curves=curves, device=device, **settings)
     pruner.check(unit)
     return pruner
+
+
+def build_block_pruner(config: Config, unit: Distiller) -> BlockPruner | None:
+    """What takes blocks out, once it is known that there are as many; None where none is to go."""
+    blocks = config.pruning and config.pruning.blocks
+    if not blocks:
+        return None
+    settings = blocks.model_dump(exclude=set(TimedSection.model_fields))
+    pruner = BlockPruner(config.data.image_size, epochs=blocks.cut_epochs, **settings)
+    pruner.check(unit)
+    return pruner
+
+
+def build_sparsity(config: Config, unit: Distiller) -> SparsityPenalty | None:
+    """What sparse training adds to the loss; None where it is no part of the settings."""
+    sparsity = config.pruning and config.pruning.sparsity
+    if not sparsity:
+        return None
+    end = sparsity.end or config.pruning.last_cut or config.train.epochs
+    penalty = SparsityPenalty(end, **sparsity.model_dump(exclude={"end"}))
+    try:
+        penalty.follow(unit, config.data.image_size)
+    except ValueError as error:
+        raise UserError(f"pruning.sparsity.{error}") from None
+    return penalty
+
+
+def build_masks(config: Config, unit: Distiller) -> Masks | None:
+    """What holds weights at 0, once it is known that there are layers for it; None where there is to be no mask."""
+    section = config.pruning and config.pruning.masks
+    if not section:
+        return None
+    masks = Masks(epochs=section.cut_epochs, **section.model_dump(exclude=set(TimedSection.model_fields)))
+    try:
+        masks.check(unit.student)
+    except ValueError as error:
+        raise UserError(f"pruning.masks.{error}") from None
+    return masks
 
 
 def _some(names: list[str], count: int = 5) -> str:

@@ -28,7 +28,7 @@ def catalog() -> dict[str, list[str]]:
             "imagenet  from timm's hub; " + ", ".join(sorted(WEIGHT_PACKAGES)) + " from the [weights] extra, offline; "
             "of torchvision's detectors from torchvision's",
             "coco  of torchvision's detectors, from its hub",
-            "PATH  a .pth or .safetensors file with timm's, or torchvision's names",
+            "PATH  a .pth or .safetensors file with timm's, or torchvision's names; of YOLO detectors a published .pt",
         ],
         "losses (losses.*.name)": [
             f"{name}  {family}"

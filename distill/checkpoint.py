@@ -122,6 +122,8 @@ def _drop_older(folder: Path) -> None:
     for path in paths[:-KEPT]:
         if path not in between:
             path.unlink()
+    for path in folder.glob("epoch_*.tmp"):  # of a run that was killed while it wrote
+        path.unlink()
 
 
 def load_checkpoint(
@@ -168,8 +170,10 @@ def _read_newest(folder: Path, processes: int) -> tuple[Path, dict[str, Any]]:
         refused.append(f"{path} was made within an epoch on {made_on} processes, this run has {processes}")
     if not refused:
         raise UserError(f"resume: {folder} holds no checkpoint; start the run anew")
-    raise UserError(f"resume: {'; '.join(refused)}; start the run anew, or on as many processes as before")
+    elsewhere = ", or on as many processes as before" if any(" processes" in reason for reason in refused) else ""
+    raise UserError(f"resume: {'; '.join(refused)}; start the run anew{elsewhere}")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return others[0].strip() if first.endswith(":") and others else first  # torch begins with a heading

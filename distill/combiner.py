@@ -43,7 +43,8 @@ class Combiner(nn.Module):
     times apart then need no constants of their own, and a term cannot drown the task as the task's loss falls.
     (GradNorm, arXiv 1711.02257, likewise compares gradient norms at shared layers, but learns the weights towards equal
     training rates.) The norms are running averages, measured at each of the first steps and at every tenth one after:
-    each measurement costs one more pass back through the head. Ranks average theirs, so that all use the same factors.
+    each measurement costs one more pass back through the head. Ranks join theirs into those of all images together, so
+    that all use the same factors, which are those of one process.
 
     Args:
         weights: by term.
@@ -129,7 +130,10 @@ class Combiner(nn.Module):
 
     def _measure(self, losses: list[Tensor], features: tuple[Tensor, ...]) -> None:
         """Brings the running averages forward by the gradients of one batch."""
-        new, old = average_across_ranks(gradient_norms(losses, features)), self.gradient_norms
+        # Squares add up over images, and so over ranks. That each rank's gradients count one over the number of ranks
+        # makes all norms smaller alike, and only their ratios are used.
+        new = average_across_ranks(gradient_norms(losses, features).square()).sqrt()
+        old = self.gradient_norms
         # where nothing was seen before there is nothing to average with; where nothing is seen now, the old one stays
         average = torch.where(old > 0, old.lerp(new, 1 - self.MOMENTUM), new)
         self.gradient_norms.copy_(torch.where(new > 0, average, old))

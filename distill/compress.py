@@ -152,12 +152,12 @@ class Compression:
         return self.detector
 
     def weights(self) -> Detector:
-        return to_integers(self.quantize(copy.deepcopy(self.detector), calibrated=False), activations=False)
+        return to_integers(self.quantize(copy.deepcopy(self.detector).deployed(), calibrated=False), activations=False)
 
     dynamic = weights  # until its file is written
 
     def static(self) -> Detector:
-        return to_integers(self.quantize(copy.deepcopy(self.detector)))
+        return to_integers(self.quantize(copy.deepcopy(self.detector).deployed()))
 
     def qat(self) -> Detector:
         return to_integers(self.train("qat", self.quantize))

@@ -1,14 +1,16 @@
-"""What several processes need beyond Accelerate: one that acts for all, and wrappers that come off before a cut."""
+"""What a run needs beyond Accelerate: a process that acts for all, wrappers that come off before a cut, and what is
+compiled."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list
 from torch import nn
 
 from distill.errors import UserError
+from students import Detector
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
@@ -25,6 +27,21 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
         raise UserError(problem[0])
 
 
+def compile_parts(detectors: Iterable[Detector]) -> None:
+    """Compiles the parts of detectors in place, if Accelerate's settings say so (`dynamo_backend`).
+
+    To be called again after a cut, as what was compiled for other shapes counts towards a limit beyond which all is
+    eager. The losses are left as they are: how many objects there are, and what counts, changes from step to step.
+    """
+    plugin = TorchDynamoPlugin()
+    if plugin.backend == DynamoBackend.NO:
+        return
+    torch.compiler.reset()
+    for detector in detectors:
+        for part in detector.parts:
+            part.compile(**plugin.to_kwargs())
+
+
 def release(accelerator: Accelerator, unit: nn.Module) -> None:
     """Forgets every wrapper around a unit, so that it can change shape and be prepared again.
 
@@ -39,6 +56,8 @@ def release(accelerator: Accelerator, unit: nn.Module) -> None:
         accelerator._models.remove(wrapped)
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         del wrapped
+    # where there is one process, the unit is its own wrapper, and is marked so: it would never be prepared again
+    unit.__dict__.pop("_is_accelerate_prepared", None)
     gc.collect()
 
 

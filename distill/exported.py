@@ -50,7 +50,7 @@ class DeployedDetector(nn.Module):
                 f"{detector.title}: a two-stage detector looks at as many boxes as it finds, which a graph of fixed "
                 f"shapes cannot hold; as onnx or pt2 there can be {', '.join(possible)}"
             )
-        self.detector = detector
+        self.detector = detector.deployed()
         self.outputs = outputs
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

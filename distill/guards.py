@@ -10,10 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill.combiner import gradient_norms
 from distill.data import Batch
 from distill.distiller import Distiller
+from distill.ema import EMA
 from distill.errors import UserError
 from distill.schema import Config
 from teachers import Teacher, label_images
@@ -116,12 +118,31 @@ def check_losses(unit: Distiller, accelerator: Accelerator, seen: Iterable[tuple
     )
 
 
+def check_alike(accelerator: Accelerator, unit: Distiller, ema: EMA | None) -> None:
+    """Raises a UserError if processes hold other parameters, or other widths, than the main one; every rank has to ask.
+
+    A wrapper would copy the main process's values over all others and leave optimizer states that belong to none.
+    """
+    if accelerator.num_processes == 1:
+        return
+    digest = hashlib.sha256()
+    for name, tensor in [*unit.named_parameters(), *(ema.module.named_parameters() if ema else ())]:
+        _enter(digest, f"{name} {tuple(tensor.shape)}", tensor)
+    # batch-norm statistics are left out: they are each process's own between two evaluations
+    found = gather_object([digest.hexdigest()])
+    others = [rank for rank, one in enumerate(found) if one != found[0]]
+    if others:
+        raise UserError(
+            f"processes: {', '.join(map(str, others))} of {len(found)} hold another student than the main one; they "
+            "must run the same code on the same kind of device"
+        )
+
+
 def fingerprint(module: nn.Module) -> str:
     """A hash of every parameter and buffer, to the bit."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        _enter(digest, name, tensor)
     return digest.hexdigest()
 
 
@@ -131,3 +152,9 @@ def check_unchanged(teachers: Mapping[str, Teacher], before: Mapping[str, str]) 
         if fingerprint(teacher.detector) != before[name]:
             key = Config.teacher_key(name)
             raise UserError(f"{key}: its weights or batch-norm statistics changed during training; it must be frozen")
+
+
+def _enter(digest: "hashlib._Hash", name: str, tensor: torch.Tensor) -> None:
+    digest.update(name.encode())
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's part of a sharded one
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

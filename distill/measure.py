@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import torch
@@ -32,6 +33,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, trainable or not; a shared one counts once, buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_nonzero(model: nn.Module) -> int:
+    """Parameters, but for weights (of more than one dimension) that are exactly 0, as masks leave them."""
+    return sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in model.parameters())
 
 
 def run_whole(model: nn.Module, images: Tensor) -> object:
@@ -97,6 +103,8 @@ def measure_latency(
 ) -> float:
     """Median time of a pass, see `run_whole`, in milliseconds: no decoding, no loading, in the model's own precision.
 
+    A detector is timed as it is deployed.
+
     Args:
         model: takes images (B, 3, H, W).
         image_size: (height, width) in pixels.
@@ -110,6 +118,7 @@ def measure_latency(
     """
     if repeats < 1:
         raise ValueError(f"measure_latency: repeats is {repeats}; it must be at least 1")
+    model = model.deployed() if isinstance(model, Detector) else model
     home = _blank_images(model, 0, image_size).device
     device = home if device is None else torch.device(device)
     try:
@@ -142,7 +151,7 @@ def measure_cuts(detector: Detector, image_size: tuple[int, int], repeats: int =
         students.apply_plan([(stages[-1], plan)])
     images = images.float()
     with torch.inference_mode():
-        passes = [lambda stage=stage: run_whole(stage, images) for stage in stages]
+        passes = [partial(run_whole, stage.deployed(), images) for stage in stages]
         times = time_in_turns(passes, 5, repeats, images.device)
     return [
         {"macs": count_macs(stage, image_size), "params": count_parameters(stage), "latency_ms": median(taken)}

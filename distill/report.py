@@ -54,6 +54,11 @@ def human_duration(seconds: float | None) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def human_milliseconds(latency: float | None) -> str:
+    """4.21 -> '4.2 ms'."""
+    return "-" if latency is None else f"{latency:.1f} ms"
+
+
 def human_share(fraction: float | None) -> str:
     """0.5 -> '50%'."""
     return "-" if fraction is None else f"{fraction:.0%}"

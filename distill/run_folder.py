@@ -5,20 +5,27 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 from distill.errors import UserError
 from distill.schema import TEACHER
 
 CONFIG, RESULTS, SUMMARY, LOG = "config.yaml", "results.csv", "summary.json", "train.log"
 CHECKPOINTS, STUDENT, TEACHERS, FAILURE = "checkpoints", "student", "teachers", "failure.json"
+LOCK = ".lock"
 PICTURES, REPORT, CARD, TRACKING = "pictures", "report.html", "README.md", "tracking"
 # run folders of their own, where a run trains its teacher, or several, first
 TEACHER_RUN, TEACHER_RUNS = "teacher_run", "teacher_runs"
@@ -30,6 +37,9 @@ REMOVED = (
 
 # Other toolkits write config.yaml and checkpoints/ too. Only a folder whose config begins so may ever be overwritten.
 SIGNATURE = "# the resolved config of a distill run"
+
+
+_HELD: dict[Path, BinaryIO] = {}  # a lock lasts while its file is open
 
 
 class RunFolder:
@@ -118,6 +128,7 @@ class RunFolder:
         run.check_free(overwrite, keep)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            run.take()
             run._clear(keep)
             write_file(run.config_file, text)
             run.checkpoints.mkdir(exist_ok=True)
@@ -144,6 +155,31 @@ class RunFolder:
         if not run._has_checkpoint():
             raise UserError(f"resume: {path} has no checkpoint yet, it stopped in its first epoch; start it anew")
         return run
+
+    def take(self) -> None:
+        """Keeps every other run out of the folder until this process ends, however it ends.
+
+        Raises:
+            UserError: another run writes here at present.
+        """
+        if fcntl is None or self.path.resolve() in _HELD:  # there is no such thing on Windows
+            return
+        file = (self.path / LOCK).open("ab+", buffering=0)
+        try:
+            # by record, not `flock`: processes that load images would go on holding that for a while
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().decode(errors="replace").strip() or "of unknown number"
+            raise UserError(
+                f"output_dir: {self.path} is in use by another run ({owner}); end "
+                "that one, or choose another output_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        _HELD[self.path.resolve()] = file
 
     @property
     def is_finished(self) -> bool:
@@ -189,7 +225,10 @@ class RunFolder:
     def truncate_results(self, before_epoch: int) -> None:
         """Drops the rows from this epoch on; a resumed run will write them again."""
         rows = self._read_cells()
-        kept = [row for row in rows if int(row["epoch"]) < before_epoch]
+        try:
+            kept = [row for row in rows if int(row["epoch"]) < before_epoch]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self.results_file}: is not the table that a run writes; move it away") from None
         if not kept:
             self.results_file.unlink(missing_ok=True)
         elif len(kept) < len(rows):

@@ -1,5 +1,6 @@
 """Every setting of a run, checked by pydantic."""
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -19,12 +20,18 @@ def _height_and_width(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _n_of_m(value: Any) -> Any:
+    """2:4 as it was written: YAML takes it for a number with the base 60."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
+
+
 # words such as 1e-3, which YAML does not take for a number, pass; bools and infinity, which are never meant, do not
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Epoch = Annotated[int, Field(ge=0, strict=True)]
 Pixels = Annotated[int, Field(ge=32, strict=True)]
 ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(_height_and_width)]
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -87,11 +94,36 @@ class SSDConfig(TorchvisionConfig):
     name: Literal["ssd300", "ssdlite320"]
 
 
+class YOLOConfig(Section):
+    name: Literal["yolov4", "yolov7", "yolov7_tiny"]
+    width: Positive = 1.0  # multiple of the original's channels
+    depth: Positive = 1.0  # likewise of its blocks
+    weights: str = "none"
+    new_head: bool = False  # start the class layers anew, whatever the weights know
+
+
+class YOLOv5Config(Section):
+    name: Literal["yolov5"]
+    size: Literal["n", "s", "m", "l", "x"] = "s"
+    width: Positive | None = None  # multiple of size l's channels, in place of the size's own
+    depth: Positive | None = None  # likewise of its blocks
+    weights: str = "none"
+    new_head: bool = False  # start the class layers anew, whatever the weights know
+
+
 def _dense_by_default(value: Any) -> Any:
     return {"name": "dense", **value} if isinstance(value, dict) else value
 
 
-DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig, FasterRCNNConfig, SSDConfig)
+DETECTORS: tuple[type[Section], ...] = (
+    DenseConfig,
+    FCOSConfig,
+    RetinaNetConfig,
+    FasterRCNNConfig,
+    SSDConfig,
+    YOLOv5Config,
+    YOLOConfig,
+)
 DetectorConfig = Annotated[
     Union[DETECTORS],  # noqa: UP007
     Field(discriminator="name"),
@@ -107,6 +139,7 @@ class AugmentConfig(Section):
     crop: Share = 0.0
     crop_scale: tuple[Share, Share] = (0.5, 1.0)
     zoom_out: Share = 0.0
+    mosaic: Share = 0.0  # four images as one
     brightness: Share = 0.0
     contrast: Share = 0.0
     saturation: Share = 0.0
@@ -314,16 +347,95 @@ LossConfig = Annotated[
 ]
 
 
-class PruningConfig(Section):
-    """Channels are cut at the start of the epochs `start` to `end`, `every` so many, or of given `epochs`."""
+class TimedSection(Section):
+    """Something is done at the start of the epochs `start` to `end`, `every` so many, or of given `epochs`."""
 
-    target: Annotated[Number, Field(gt=0, lt=1)]  # what is left at the end, as a share of what the uncut student costs
-    budget: Literal["macs", "params", "memory", "latency"] = "macs"  # memory: of activations; latency: of one image
-    start: Annotated[int, Field(ge=0, strict=True)] | None = None
-    end: Annotated[int, Field(ge=0, strict=True)] | None = None
+    start: Epoch | None = None
+    end: Epoch | None = None
     every: Count = 1
-    epochs: list[Annotated[int, Field(ge=0, strict=True)]] | None = None  # in place of the three; one is one shot
-    schedule: Literal["cubic", "linear", "exponential"] = "cubic"  # how much each of the cuts takes
+    epochs: list[Epoch] | None = None  # in place of the three; one is one shot
+
+    @property
+    def cut_epochs(self) -> list[int]:
+        """Epochs before which it is done, counted from 0."""
+        return sorted(set(self.epochs)) if self.epochs else cuts_at(self.start, self.end, self.every)
+
+    @model_validator(mode="after")
+    def _timed(self) -> "TimedSection":
+        if self.epochs is not None:
+            if not self.epochs:
+                raise ValueError("epochs is empty; give the epochs to cut before, such as [2, 5]")
+            if (self.start, self.end, self.every) != (None, None, 1):
+                raise ValueError("epochs says when to cut already; leave out start, end and every")
+        elif self.start is None or self.end is None:
+            raise ValueError("give start and end, or epochs such as [2, 5]; they say when to cut")
+        elif self.end < self.start:
+            raise ValueError(f"end ({self.end}) lies before start ({self.start}); cuts go from start to end")
+        return self
+
+
+class SparsityConfig(Section):
+    """Settings of `distill.pruning.sparsity.SparsityPenalty`; rates of what is added to the loss."""
+
+    weights: NotNegative = 0.0  # of absolute weights
+    scales: NotNegative = 0.0  # of absolute batch-norm scales: the sr of network slimming
+    groups: NotNegative = 0.0  # of what coupled channels own, the less it is the more
+    final: Share = 0.1  # what is left of the rates in the end
+    end: Count | None = None  # epochs that it lasts; until the last cut, or all of them, if null
+    spare_shortcuts: bool = False  # leave alone the scales of channels that are added to others
+
+    @model_validator(mode="after")
+    def _something(self) -> "SparsityConfig":
+        if not (self.weights or self.scales or self.groups):
+            raise ValueError("weights, scales and groups are all 0; give one a rate, such as scales: 0.001")
+        if self.spare_shortcuts and not self.scales:
+            raise ValueError("spare_shortcuts is about scales, whose rate is 0; leave it out or give scales a rate")
+        return self
+
+
+class BlocksConfig(TimedSection):
+    """Settings of `distill.pruning.blocks.BlockPruner`."""
+
+    count: Count  # residual branches that go in all
+    importance: Literal["loss", "taylor"] = "loss"  # what the loss is without a block, or its weights' part in it
+    keep: list[str] = []  # patterns of blocks that stay, such as backbone.body.layer1.*
+
+
+class MasksConfig(TimedSection):
+    """Settings of `distill.pruning.masks.Masks`."""
+
+    kind: Annotated[str, BeforeValidator(_n_of_m)] = "weights"  # or kernels, or N of M neighbouring inputs, such as 2:4
+    sparsity: Annotated[Number, Field(gt=0, lt=1)] | None = None  # share that is 0 in the end; N:M says it itself
+    importance: Literal["magnitude", "gradient"] = "magnitude"
+    ranking: Literal["uniform", "global"] = "uniform"  # the same share of every layer, or the least anywhere
+    schedule: Literal["cubic", "linear", "exponential"] = "cubic"
+    keep: list[str] = []  # patterns of layers that stay whole
+    indivisible: Literal["error", "skip"] = "error"  # layers whose inputs are no multiple of M
+
+    @property
+    def divisor(self) -> int:
+        """M of N:M, else 1."""
+        return int(self.kind.partition(":")[2] or 1)
+
+    @model_validator(mode="after")
+    def _agree(self) -> "MasksConfig":
+        pattern = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.kind)
+        if self.kind not in ("weights", "kernels") and not (pattern and int(pattern[1]) < int(pattern[2])):
+            raise ValueError(f"kind: found {self.kind!r}; it is weights, kernels, or N:M with N below M, such as '2:4'")
+        if pattern and (self.sparsity, self.ranking, self.schedule) != (None, "uniform", "cubic"):
+            raise ValueError(f"{self.kind} says how much goes of every layer; leave out sparsity, ranking and schedule")
+        if not pattern and self.sparsity is None:
+            raise ValueError("sparsity is missing; give the share that is 0 in the end, such as 0.5")
+        return self
+
+
+class PruningConfig(TimedSection):
+    """Channels are cut at the given times, if there is a `target`; blocks and masks have times of their own."""
+
+    target: Annotated[Number, Field(gt=0, lt=1)] | None = None  # what is left at the end, as a share of the uncut cost
+    budget: Literal["macs", "params", "memory", "latency"] = "macs"  # memory: of activations; latency: of one image
+    method: Literal["cut", "soft"] = "cut"  # soft: at all times but the last, channels are set to 0 and may come back
+    schedule: Literal["cubic", "linear", "exponential", "asymptotic", "constant"] = "cubic"  # how much each cut takes
     importance: Literal[
         "group_l1", "group_l2", "fpgm", "bn_scale", "lamp",  # by weights
         "taylor", "taylor_gate", "group_fisher",  # by gradients of the loss that is trained
@@ -344,22 +456,33 @@ class PruningConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 20
     evaluate: bool = False  # AP right after each cut, before any training
 
+    sparsity: SparsityConfig | None = None  # sparse training before the cuts
+    blocks: BlocksConfig | None = None  # whole residual branches, before channels
+    masks: MasksConfig | None = None  # single weights or kernels that are held at 0
+
     @property
     def cut_epochs(self) -> list[int]:
-        """Epochs before which a cut is made, counted from 0."""
-        return sorted(set(self.epochs)) if self.epochs else cuts_at(self.start, self.end, self.every)
+        """Epochs before which channels are cut, or set to 0, counted from 0."""
+        return super().cut_epochs if self.target is not None else []
+
+    @property
+    def last_cut(self) -> int | None:
+        """The epoch before which the last channels or blocks go."""
+        return max([*self.cut_epochs, *(self.blocks.cut_epochs if self.blocks else ())], default=None)
+
+    def _timed(self) -> "PruningConfig":
+        if self.target is not None:
+            return super()._timed()
+        if not (self.sparsity or self.blocks or self.masks):
+            raise ValueError(
+                "target is missing; give the share of the student that is left, or blocks, masks, sparsity"
+            )
+        if (self.start, self.end, self.every, self.epochs) != (None, None, 1, None):
+            raise ValueError("start, end, every and epochs say when channels go; give target too, or leave them out")
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> "PruningConfig":
-        if self.epochs is not None:
-            if not self.epochs:
-                raise ValueError("epochs is empty; give the epochs to cut before, such as [2, 5]")
-            if (self.start, self.end, self.every) != (None, None, 1):
-                raise ValueError("epochs says when to cut already; leave out start, end and every")
-        elif self.start is None or self.end is None:
-            raise ValueError("give start and end, or epochs such as [2, 5]; they say when to cut")
-        elif self.end < self.start:
-            raise ValueError(f"end ({self.end}) lies before start ({self.start}); cuts go from start to end")
         if self.per != "none" and self.ranking != "global":
             raise ValueError(f"per changes little where ranking is {self.ranking}; say ranking: global")
         if self.greedy and self.importance not in ("group_l1", "group_l2", "fpgm"):
@@ -369,7 +492,28 @@ class PruningConfig(Section):
         wrong = next((pattern for pattern, (least, most) in self.limits.items() if least > most), None)
         if wrong is not None:
             raise ValueError(f"limits: {wrong!r} keeps at least {self.limits[wrong][0]:g} but at most less; swap them")
+        self._check_methods()
         return self
+
+    def _check_methods(self) -> None:
+        if self.schedule == "constant" and self.method == "cut":
+            raise ValueError("schedule: constant takes all at once; say method: soft, or give one of epochs")
+        if self.method == "soft" and len(self.cut_epochs) < 2:
+            raise ValueError("method: soft needs times to set channels to 0 before the one at which they are cut")
+        if self.blocks and self.ranking == "sensitivity":
+            raise ValueError("ranking: sensitivity goes by a scan with all blocks; leave blocks out, or rank otherwise")
+        if self.sparsity and self.sparsity.end is None and self.last_cut == 0:
+            raise ValueError("sparsity lasts until the last cut, before epoch 0; cut later, or give sparsity.end")
+        if self.masks and self.method == "soft" and self.masks.cut_epochs[0] < self.cut_epochs[-1]:
+            raise ValueError(
+                f"masks begin at {self.masks.cut_epochs[0]}, before soft pruning ends at {self.cut_epochs[-1]}, and "
+                "would hold what it lets come back; begin them later"
+            )
+        if self.masks and self.target is not None and self.round_to % self.masks.divisor:
+            raise ValueError(
+                f"round_to: {self.round_to} leaves widths that masks.kind, {self.masks.kind}, does not divide; give a "
+                f"multiple of {self.masks.divisor}"
+            )
 
 
 class GuardConfig(Section):
@@ -398,6 +542,7 @@ class TeacherConfig(Section):
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
+    shard: bool = False  # keep a part of its backbone's weights on each process, for one that no device can hold
     detector: DetectorConfig | None = None
     train: TrainConfig | None = None
 
@@ -415,8 +560,9 @@ class TeacherConfig(Section):
 TEACHER = "teacher"  # what a single one is called, here and in the run folder
 RESERVED = (
     "epoch", "task", "macs", "params", "teacher_ap", "lr", "seconds", "macs_left", "teacher_share", "epoch_time",
-    "time_left",
+    "time_left", "small_scales", "nonzero",
 )  # fmt: skip
+PENALTY = "sparsity"  # the column of what sparse training adds to the loss
 
 
 class Config(Section):
@@ -458,7 +604,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "Config":
-        taken = [name for name in self.losses if name in RESERVED or name.startswith("ap")]
+        taken = [name for name in self.losses if name in (*RESERVED, PENALTY) or name.startswith("ap")]
         if taken:
             raise ValueError(f"losses.{taken[0]}: a column of results.csv has this name already; give it another")
         self._check_teachers()
@@ -466,6 +612,8 @@ class Config(Section):
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
         if self.inherit and not self.all_teachers:
             raise ValueError("inherit is given but no teacher; add a teacher section, or remove inherit")
+        if self.inherit and next(iter(self.all_teachers.values())).shard:
+            raise ValueError("inherit copies from a teacher that is whole; leave out its shard, or inherit")
         if self.data.unlabelled and not self.losses:
             raise ValueError(
                 "data.unlabelled is given but no losses; only a teacher's losses learn from such images, so add a "
@@ -473,13 +621,19 @@ class Config(Section):
             )
         if self.data.train is None:
             self._check_all_unlabelled()
-        if self.pruning and self.pruning.cut_epochs[-1] >= self.train.epochs:
-            key = "epochs" if self.pruning.epochs else "end"
-            raise ValueError(
-                f"pruning.{key} is {getattr(self.pruning, key)}, but train.epochs is {self.train.epochs}, counted "
-                f"from 0, so nothing would be left to recover in; lower pruning.{key} or raise train.epochs"
-            )
+        if self.pruning:
+            pruning = self.pruning
+            for name, section in {"": pruning, "blocks.": pruning.blocks, "masks.": pruning.masks}.items():
+                self._check_recovery(f"pruning.{name}", section)
         return self
+
+    def _check_recovery(self, prefix: str, section: TimedSection | None) -> None:
+        if section and section.cut_epochs and section.cut_epochs[-1] >= self.train.epochs:
+            key = "epochs" if section.epochs else "end"
+            raise ValueError(
+                f"{prefix}{key} is {getattr(section, key)}, but train.epochs is {self.train.epochs}, counted "
+                f"from 0, so nothing would be left to recover in; lower {prefix}{key} or raise train.epochs"
+            )
 
     def _check_teachers(self) -> None:
         names = list(self.all_teachers)

@@ -1,6 +1,6 @@
 """What a run says about itself: the banner before, the numbers and the table after."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from distill.build import Data
 from distill.distiller import Distiller
 from distill.evaluation import EvaluationResult
-from distill.measure import count_macs, count_parameters
+from distill.measure import count_macs, count_nonzero, count_parameters
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
-from distill.report import counted, human_ap, human_count, human_macs, human_share
-from distill.schema import TEACHER, Config
+from distill.report import counted, human_ap, human_count, human_macs, human_milliseconds, human_share
+from distill.schema import TEACHER, Config, PruningConfig
 from distill.terms import KnowledgeTerm
 from students import Detector
 
@@ -64,14 +64,38 @@ def banner_rows(
             )
             rows |= {f"Levels{of}": pairings} if (pairings := describe_levels(terms)) else {}
     if pruner:
-        number = len(pruner.epochs)
-        when = f"before epoch {pruner.epochs[0] + 1}" + (f" to {pruner.epochs[-1] + 1}" if number > 1 else "")
-        rows["Pruning"] = f"to {pruner.target:.0%} of the {BUDGETS[pruner.budget]}, {counted(number, 'cut')} {when}"
+        rows["Pruning"] = f"to {pruner.target:.0%} of the {BUDGETS[pruner.budget]}, {times(pruner.epochs, 'cut')}"
+        rows["Pruning"] += ", all but the last only set channels to 0" if pruner.soft_epochs else ""
+    if config.pruning:
+        rows |= _other_pruning(config.pruning)
     rows["Training"] = (
         f"{counted(config.train.epochs, 'epoch')}, batches of {config.data.batch_size} a process, seed {config.seed}"
     )
     rows["Output"] = config.output_dir
     return rows
+
+
+def _other_pruning(config: PruningConfig) -> dict[str, str]:
+    """The rows of what is pruned besides channels."""
+    rows = {}
+    if config.blocks:
+        rows["Blocks"] = f"{counted(config.blocks.count, 'block')} less, by "
+        rows["Blocks"] += f"{config.blocks.importance}, {times(config.blocks.cut_epochs, 'cut')}"
+    if masks := config.masks:
+        share = f", {masks.sparsity:.0%} of them 0" if masks.sparsity else ""
+        rows["Masks"] = f"{masks.kind}{share}, by {masks.importance}, {times(masks.cut_epochs, 'choice')}"
+    if sparsity := config.sparsity:
+        rates = ((name, getattr(sparsity, name)) for name in ("weights", "scales", "groups"))
+        until = sparsity.end or config.last_cut
+        rows["Sparsity"] = ", ".join(f"{name} x {rate:g}" for name, rate in rates if rate)
+        rows["Sparsity"] += f", for the first {counted(until, 'epoch')}" if until else ""
+    return rows
+
+
+def times(epochs: Sequence[int], what: str) -> str:
+    """Such as '3 cuts before epoch 2 to 6', of epochs counted from 0."""
+    last = f" to {epochs[-1] + 1}" if len(epochs) > 1 else ""
+    return f"{counted(len(epochs), what)} before epoch {epochs[0] + 1}{last}"
 
 
 def describe_levels(terms: Mapping[str, KnowledgeTerm]) -> str:
@@ -117,7 +141,9 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
     size = data.get("image_size")
     rows = {"Data": f"{data.get('root')}" + (f", {size[1]}x{size[0]} px" if isinstance(size, list) else "")}
     rows["Student"] = ", ".join(
-        str(student[key]) for key in ("name", "backbone", "neck", "channels") if student.get(key) not in (None, "dense")
+        str(student[key])
+        for key in ("name", "size", "backbone", "neck", "channels")
+        if student.get(key) not in (None, "dense")
     )
     for name, teacher in teachers.items():
         if teacher:
@@ -133,8 +159,11 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
             for name, loss in losses.items()
         )
     if pruning:
-        rows["Pruning"] = f"to {human_share(pruning.get('target'))} of the MACs, {pruning.get('importance')}, "
-        rows["Pruning"] += f"cut before epochs {pruning['start'] + 1} to {pruning['end'] + 1}"
+        section = PruningConfig(**pruning)
+        if section.target is not None:
+            rows["Pruning"] = f"to {human_share(section.target)} of the {BUDGETS[section.budget]}, "
+            rows["Pruning"] += f"{section.importance}, {times(section.cut_epochs, 'cut')}"
+        rows |= _other_pruning(section)
     train = config.get("train") or {}
     rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"
     return rows
@@ -145,7 +174,11 @@ def _title_and_size(detector: Detector, image_size: tuple[int, int]) -> str:
 
 
 def describe(result: EvaluationResult, detector: torch.nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
-    """A detector's entry in `summary.json`, still without latency."""
+    """A detector's entry in `summary.json`, still without latency; it costs what it does as it is deployed.
+
+    Of an exported file parameters and MACs are not known.
+    """
+    deployed = detector.deployed() if isinstance(detector, Detector) else None
     return {
         "ap": result.ap,
         "ap50": result.ap50,
@@ -155,9 +188,9 @@ def describe(result: EvaluationResult, detector: torch.nn.Module, image_size: tu
         "ap_large": result.ap_large,
         "per_class": result.per_class,
         "precision": result.precision,
-        # of an exported file neither is known
-        "params": count_parameters(detector) if isinstance(detector, Detector) else None,
-        "macs": count_macs(detector, image_size) if isinstance(detector, Detector) else None,
+        "params": count_parameters(deployed) if deployed else None,
+        "nonzero": count_nonzero(deployed) if deployed else None,
+        "macs": count_macs(deployed, image_size) if deployed else None,
     }
 
 
@@ -186,16 +219,19 @@ def comparison(
         reference: the title of the teacher whose AP the others are compared with; no such column without it.
     """
     teacher = entries.get(reference)
+    entries = {title: entry for title, entry in entries.items() if entry is not None}
+    known = [entry for entry in entries.values() if entry and entry["params"] is not None]
+    masked = any(entry.get("nonzero", entry["params"]) < entry["params"] for entry in known)
     rows = []
     for title, entry in entries.items():
-        if entry is None:
-            continue
         scores = [human_ap(entry[key]) for key in ("ap", "ap50", "ap75")]
         share = entry["ap"] / teacher["ap"] if teacher and teacher["ap"] and entry["ap"] is not None else None
         shares = [human_share(share)] if teacher else []
-        cost = [human_count(entry["params"]), human_macs(entry["macs"]), f"{entry['latency_ms']:.1f} ms"]
+        counts = [entry["params"], *([entry.get("nonzero", entry["params"])] if masked else [])]
+        cost = [*map(human_count, counts), human_macs(entry["macs"]), human_milliseconds(entry["latency_ms"])]
         rows.append([title, *scores, *shares, *cost])
-    return ("", "AP", "AP50", "AP75", *(["of teacher"] if teacher else []), "params", "MACs", "latency"), rows
+    columns = (*(["of teacher"] if teacher else []), "params", *(["not 0"] if masked else []), "MACs", "latency")
+    return ("", "AP", "AP50", "AP75", *columns), rows
 
 
 def summary_table(summary: dict[str, Any], role: str = "student") -> tuple[tuple[str, ...], list[list[str | None]]]:

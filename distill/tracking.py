@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
 from PIL import Image
 
 from distill.config import flatten
@@ -29,6 +29,8 @@ def build_accelerator(config: Config) -> Accelerator:
             raise UserError(f"tracking: {name} is not installed; pip install {name}, or leave it out of tracking")
     folder = RunFolder(config.output_dir).tracking
     return Accelerator(
+        # it would compile the losses along; `compile_parts` goes by its settings
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
         log_with=list(config.tracking) or None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(folder)),
     )

@@ -42,9 +42,15 @@ def in_plain_words(config: Config, loader: DataLoader) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise _loader_died(config, loader) from error
-        if isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error):
+        if is_of_peer(error):
             raise UserError(f"another process of this run ended, and this one cannot go on alone; {resume}") from error
         raise
+
+
+def is_of_peer(error: RuntimeError) -> bool:
+    """Whether it tells that another process is there no longer."""
+    of_gloo = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in of_gloo)
 
 
 def _loader_died(config: Config, loader: DataLoader) -> UserError:

@@ -6,7 +6,7 @@ Weights and schedules belong to whoever combines the losses.
 
 from losses.adaptive_threshold import adaptive_threshold
 from losses.attention_guided import AttentionGuided, NonLocal, NonLocalRelation, attention_guided
-from losses.box_iou import giou, iou, pairwise_diou, pairwise_iou
+from losses.box_iou import ciou, giou, iou, pairwise_diou, pairwise_iou
 from losses.cross_head import align_statistics
 from losses.detection import distribution_focal_loss, focal_loss, giou_loss, quality_focal_loss
 from losses.feature_mimic import cwd, masked_mimic, pkd, plain_mimic, score_weighted_mimic
@@ -34,6 +34,7 @@ __all__ = [
     "average_across_ranks",
     "bounded_regression",
     "box_mimic",
+    "ciou",
     "class_deltas",
     "cwd",
     "dense_sigmoid",

@@ -1,8 +1,10 @@
-"""Overlap of axis-aligned boxes: IoU and DIoU of all pairs at once, IoU and GIoU one by one.
+"""Overlap of axis-aligned boxes: IoU and DIoU of all pairs at once, IoU, GIoU and CIoU one by one.
 
 torchvision has both, but a pair of empty boxes makes its pairwise IoU NaN (label assignment pads with such boxes), and
 its element-wise GIoU picks the overlapping boxes with a mask, which makes the GPU wait for the CPU.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -45,9 +47,7 @@ def pairwise_diou(a: Tensor, b: Tensor) -> Tensor:
         ValueError: the last dimension is not 4.
     """
     a, b = _all_pairs("pairwise_diou", a, b)
-    diagonal = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    distance = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2
-    return _iou(a, b) - distance.square().sum(dim=-1) / diagonal.square().sum(dim=-1).clamp(min=EPSILON)
+    return _iou(a, b) - _relative_distance(a, b)
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
@@ -89,6 +89,43 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     intersection, union = _intersection_and_union(a, b)
     enclosing = _area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
     return intersection / union.clamp(min=EPSILON) - (enclosing - union) / enclosing.clamp(min=EPSILON)
+
+
+def ciou(a: Tensor, b: Tensor) -> Tensor:
+    """Complete IoU of each box in `a` with the box at the same place in `b` (Zheng 2020, arXiv 1911.08287).
+
+    IoU - d^2 / c^2 - alpha v: d is the distance of the centres, c the diagonal of the smallest box around both, v how
+    much the aspect ratios differ, 4 / pi^2 (atan(w_b / h_b) - atan(w_a / h_a))^2, and alpha = v / (1 - IoU + v), which
+    is taken for a constant.
+
+    Args:
+        a: (..., 4) xyxy with x1 <= x2 and y1 <= y2, in any unit.
+        b: (..., 4) xyxy, the same shape and unit.
+
+    Returns:
+        (...) in (-2, 1]; 0 where both boxes are the same empty one.
+
+    Raises:
+        ValueError: the shapes differ, or the last dimension is not 4.
+    """
+    require_same_shape("ciou(a, b)", a, b)
+    _require_boxes("ciou", a)
+    a, b = at_least_float32(a), at_least_float32(b)
+    overlap = _iou(a, b)
+    angles = []
+    for boxes in (a, b):
+        width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
+        angles.append(torch.atan(width / (height + EPSILON)))
+    v = 4 / math.pi**2 * (angles[1] - angles[0]).square()
+    alpha = (v / (1 - overlap + v).clamp(min=EPSILON)).detach()
+    return overlap - _relative_distance(a, b) - alpha * v
+
+
+def _relative_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distance of the centres, as a share of the squared diagonal of the smallest box around both."""
+    diagonal = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    distance = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2
+    return distance.square().sum(dim=-1) / diagonal.square().sum(dim=-1).clamp(min=EPSILON)
 
 
 def _require_boxes(name: str, boxes: Tensor) -> None:

@@ -28,6 +28,19 @@ def average_across_ranks(value: Tensor) -> Tensor:
     return average
 
 
+def share_normalizer(losses: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Losses that were divided by this rank's own count, as if divided by the mean of all ranks'; both at least 1.
+
+    For losses of other packages, which know nothing of ranks.
+
+    Args:
+        losses: by name.
+        count: what they were divided by; 0 where they were divided by 1 in its place.
+    """
+    average = average_across_ranks(next(iter(losses.values())).new_full((), count)).clamp(min=1)
+    return {name: loss * (max(1, count) / average) for name, loss in losses.items()}
+
+
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     """sum weight * values / sum weight, the second sum averaged over ranks and at least 1e-6.
 

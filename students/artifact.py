@@ -20,6 +20,9 @@ from students.torchvision_families.faster_rcnn import FasterRCNNDetector, MaskRC
 from students.torchvision_families.fcos import FCOSDetector
 from students.torchvision_families.retinanet import RetinaNetDetector
 from students.torchvision_families.ssd import SSD300Detector, SSDLite320Detector
+from students.yolo.v4 import YOLOv4Detector
+from students.yolo.v5 import YOLOv5Detector
+from students.yolo.v7 import YOLOv7Detector, YOLOv7TinyDetector
 
 FAMILIES: dict[str, type[Detector]] = {
     "dense": DenseDetector,
@@ -29,6 +32,10 @@ FAMILIES: dict[str, type[Detector]] = {
     "mask_rcnn": MaskRCNNDetector,
     "ssd300": SSD300Detector,
     "ssdlite320": SSDLite320Detector,
+    "yolov4": YOLOv4Detector,
+    "yolov5": YOLOv5Detector,
+    "yolov7": YOLOv7Detector,
+    "yolov7_tiny": YOLOv7TinyDetector,
 }
 
 RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"

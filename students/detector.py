@@ -103,9 +103,16 @@ class Detector(nn.Module, ABC):
     notes: Sequence[str] = ()
 
     @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """What the forward pass calls as a whole and can be compiled; the pyramid lies between them, as losses are
+        measured at it."""
+        return tuple(self.children())
+
+    @property
     def title(self) -> str:
-        """What to call it in a line: the family, but for the first one, and the backbone where there is a choice."""
-        names = [self.recipe["name"], self.recipe.get("backbone", "")]
+        """What to call it in a line: the family, but for the first one, and the backbone or size where there is a
+        choice."""
+        names = [self.recipe["name"], self.recipe.get("backbone", self.recipe.get("size", ""))]
         return " ".join(name for name in names if name not in ("dense", ""))
 
     @abstractmethod
@@ -160,6 +167,11 @@ class Detector(nn.Module, ABC):
                 the same for all images.
         """
         return [level for levels in output for level in levels]
+
+    def deployed(self) -> "Detector":
+        """The detector as it is put to use: itself, or a copy in eval mode whose layers that only help training are
+        merged into others. It predicts the same, and is neither trained, cut nor saved."""
+        return self
 
     @property
     @abstractmethod

@@ -1,5 +1,6 @@
 """A cut as data: which indices of which tensors stay, and the one function that applies it to all or to nothing."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,29 +27,51 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pruning step. It holds tensor names and indices only, so replaying it needs no tracing and no pruner."""
+    """One pruning step. It holds names and indices only, so replaying it needs no tracing and no pruner.
+
+    Attributes:
+        cuts: what stays of the tensors.
+        numbers: (dotted name, by how much it becomes less) of ints in which blocks keep a width beside their tensors,
+            such as the one at which they split their channels; `0.splits.1` is the second of a list.
+        blocks: (module name, what of it stays) of residual branches that go: the name, within the module, of what comes
+            after the sum, such as `act2`; empty where the module's input itself stays. They go first: nothing of them
+            is among the cuts.
+    """
 
     cuts: tuple[Cut, ...]
+    numbers: tuple[tuple[str, int], ...] = ()
+    blocks: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def from_removed(cls, removed: dict[tuple[str, int], set[int]], tensors: dict[str, Tensor]) -> "Plan":
-        """From the indices that go, by (tensor name, dimension)."""
+    def from_removed(cls, removed: dict[tuple[str, int | None], set[int]], tensors: dict[str, Tensor]) -> "Plan":
+        """From the indices that go, by (tensor name, dimension); numbers have no dimension."""
         groups: dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]] = {}
+        numbers = []
         for (name, dim), gone in removed.items():
+            if dim is None:
+                numbers.append((name, len(gone)))
+                continue
             width = tensors[name].shape[dim]
             keep = tuple(i for i in range(width) if i not in gone)
             if gone:
                 groups.setdefault((width, keep), []).append((name, dim))
-        return cls(tuple(Cut(width, keep, tuple(slices)) for (width, keep), slices in groups.items()))
+        cuts = tuple(Cut(width, keep, tuple(slices)) for (width, keep), slices in groups.items())
+        return cls(cuts, tuple((name, less) for name, less in numbers if less))
 
     @classmethod
     def from_json(cls, data: list[dict[str, Any]]) -> "Plan":
-        return cls(
-            tuple(Cut(c["width"], tuple(c["keep"]), tuple((name, dim) for name, dim in c["slices"])) for c in data)
+        cuts = tuple(
+            Cut(c["width"], tuple(c["keep"]), tuple((name, dim) for name, dim in c["slices"]))
+            for c in data
+            if "keep" in c
         )
+        numbers = tuple((c["number"], c["less"]) for c in data if "number" in c)
+        return cls(cuts, numbers, tuple((c["block"], c["stays"]) for c in data if "block" in c))
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [{"width": c.width, "keep": list(c.keep), "slices": [list(s) for s in c.slices]} for c in self.cuts]
+        cuts = [{"width": c.width, "keep": list(c.keep), "slices": [list(s) for s in c.slices]} for c in self.cuts]
+        numbers = ({"number": name, "less": less} for name, less in self.numbers)
+        return [*({"block": name, "stays": stays} for name, stays in self.blocks), *cuts, *numbers]
 
     def below(self, prefix: str) -> "Plan":
         """The part of the plan that concerns tensors under `prefix`, with the prefix taken off their names."""
@@ -56,10 +79,12 @@ class Plan:
             Cut(c.width, c.keep, tuple((n.removeprefix(prefix), d) for n, d in c.slices if n.startswith(prefix)))
             for c in self.cuts
         )
-        return Plan(tuple(cut for cut in cuts if cut.slices))
+        numbers = ((name.removeprefix(prefix), less) for name, less in self.numbers if name.startswith(prefix))
+        blocks = ((name.removeprefix(prefix), stays) for name, stays in self.blocks if name.startswith(prefix))
+        return Plan(tuple(cut for cut in cuts if cut.slices), tuple(numbers), tuple(blocks))
 
     def __bool__(self) -> bool:
-        return bool(self.cuts)
+        return bool(self.cuts or self.blocks)
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -72,15 +97,17 @@ def apply_plan(targets: Iterable[tuple[nn.Module, Plan]], optimizers: Sequence[O
 
     Parameters keep their identity (their data is replaced), so optimizers, schedulers and Accelerate go on holding the
     live ones; of the optimizer state, tensors of the parameter's shape (momentum, exp_avg, exp_avg_sq and so on) are
-    sliced alike and step counters stay. Gradients are dropped. `requires_grad` does not change. A distributed wrapper
-    must be taken off first and rebuilt afterwards: it holds on to the old shapes.
+    sliced alike and step counters stay. Gradients are dropped. `requires_grad` does not change. What a block had that
+    goes leaves the optimizers, too. A distributed wrapper must be taken off first and rebuilt afterwards: it holds the
+    old shapes.
 
     Raises:
-        ValueError: a tensor is missing or has another width than the plan was made for; nothing has changed then.
+        ValueError: a tensor or block is missing, or a tensor has another width than the plan was made for; nothing has
+            changed then.
     """
     changes: list[tuple[Any, str, Any]] = []  # (owner, attribute or key, new value)
     for module, plan in targets:
-        changes += _stage(module, plan, optimizers)
+        changes += _stage(module, plan, optimizers) + _stage_blocks(module, plan.blocks, optimizers)
     done: list[tuple[Any, str, Any]] = []
     try:
         for owner, key, value in changes:
@@ -124,6 +151,54 @@ def _stage(module: nn.Module, plan: Plan, optimizers: Sequence[Optimizer]) -> li
                     changes.append((state, key, _slice(value, cuts)))
     for owner, shapes in new_shapes.items():
         changes += [(owner, key, value) for key, value in _new_widths(owner, shapes).items()]
+    return changes + _stage_numbers(module, plan.numbers)
+
+
+def _stage_numbers(module: nn.Module, numbers: Sequence[tuple[str, int]]) -> list[tuple[Any, str, Any]]:
+    found: dict[tuple[nn.Module, str], Any] = {}
+    for name, less in numbers:
+        path, _, key = name.rpartition(".")
+        place = int(key) if key.isdigit() else None
+        if place is not None:
+            path, _, key = path.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+            old = found.get((owner, key), getattr(owner, key))
+            new = old - less if place is None else type(old)([*old[:place], old[place] - less, *old[place + 1 :]])
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"plan: changes the number {name!r}, which this network does not have") from error
+        found[(owner, key)] = new
+    return [(owner, key, value) for (owner, key), value in found.items()]
+
+
+def _stage_blocks(
+    module: nn.Module, blocks: Sequence[tuple[str, str]], optimizers: Sequence[Optimizer]
+) -> list[tuple[Any, str, Any]]:
+    """Other modules in the place of blocks, and optimizers without what only the blocks had."""
+    changes: list[tuple[Any, str, Any]] = []
+    staying = []
+    for name, stays in blocks:
+        parent, _, key = name.rpartition(".")
+        try:
+            block = module.get_submodule(name)
+            left = block.get_submodule(stays) if stays else nn.Identity().train(block.training)
+        except AttributeError as error:
+            raise ValueError(f"plan: removes {name!r}, which this network does not have") from error
+        changes.append((module.get_submodule(parent)._modules, key, left))
+        # what comes in now belongs to someone else
+        changes += [(part, "inplace", False) for part in left.modules() if getattr(part, "inplace", False)]
+        staying.append(left)
+    prefixes = tuple(f"{name}." for name, _ in blocks)
+    everything = list(module.named_parameters(remove_duplicate=False))
+    kept = {p for name, p in everything if not name.startswith(prefixes)} | {p for m in staying for p in m.parameters()}
+    gone = {p for _, p in everything} - kept
+    for optimizer in optimizers:
+        groups = optimizer.param_groups
+        if not gone & {p for group in groups for p in group["params"]}:  # an averaged copy is nobody's
+            continue
+        changes += [(group, "params", [p for p in group["params"] if p not in gone]) for group in groups]
+        state = {p: value for p, value in optimizer.state.items() if p not in gone}
+        changes.append((optimizer, "state", defaultdict(dict, state)))
     return changes
 
 
@@ -135,24 +210,40 @@ def _slice(tensor: Tensor, cuts: list[tuple[int, Cut]]) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def loses_whole_groups(weight: Tensor) -> bool:
+    """Whether a grouped convolution loses groups as wholes; otherwise each group loses the same places.
+
+    Groups of up to 16 inputs go whole: single channels where it is depthwise, and the widths that their architects gave
+    to groups stay. Of wider groups (and so mostly fewer) all stay, and become narrower.
+
+    Args:
+        weight: (outputs, inputs of one group, ...) of the convolution before the cut.
+    """
+    return weight.shape[1] <= 16
+
+
 def _new_widths(module: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, Any]:
     """The width attributes that a layer keeps beside its tensors."""
     shape = shapes.get("weight")
-    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and shape is not None:
-        if module.groups > 1 and module.groups == module.in_channels:  # depthwise: one group a channel
-            groups = shape[0] * module.groups // module.out_channels
-            return {"out_channels": shape[0], "in_channels": groups, "groups": groups}
-        return {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
+    if isinstance(module, nn.modules.conv._ConvNd) and shape is not None:
+        if module.transposed:
+            return {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
+        groups = module.groups
+        if groups > 1 and loses_whole_groups(module.weight):
+            groups = shape[0] * groups // module.out_channels
+        return {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
     if isinstance(module, nn.Linear) and shape is not None:
         return {"out_features": shape[0], "in_features": shape[1]}
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return {"num_features": next(iter(shapes.values()))[0]}
     if isinstance(module, nn.GroupNorm) and shape is not None:
+        if module.num_groups == 1:
+            return {"num_channels": shape[0]}
         group_size = module.num_channels // module.num_groups
         if shape[0] % group_size:
             raise ValueError(f"plan: leaves {shape[0]} channels to a group norm with groups of {group_size}")
         return {"num_channels": shape[0], "num_groups": shape[0] // group_size}
-    if isinstance(module, nn.LayerNorm) and shape is not None:
+    if hasattr(module, "normalized_shape") and shape is not None:
         return {"normalized_shape": tuple(shape)}
     return {}
 

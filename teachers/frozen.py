@@ -1,9 +1,13 @@
 """What makes a detector a teacher: it is frozen, stays in eval mode, and runs in a precision of its own."""
 
+import copy
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from students.detector import Detector
+from teachers.shard import shard_backbone
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -15,12 +19,30 @@ class Teacher:
         detector: the detector; it is frozen in place, dropout and drop-path included.
         device: where it runs.
         precision: `float32`, `bfloat16` or `float16` (autocast).
+        shard: deal its backbone's weights out to all processes of the group, if there is one; they are brought together
+            block by block in each pass, which all processes then have to make.
+
+    Attributes:
+        shape: the detector, or of a sharded one a copy without values, for counting what it costs.
     """
 
-    def __init__(self, detector: Detector, device: torch.device | str = "cpu", precision: str = "float32"):
-        self.detector = freeze(detector).to(device, memory_format=torch.channels_last)
+    def __init__(
+        self,
+        detector: Detector,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        shard: bool = False,
+    ):
+        self.detector = self.shape = freeze(detector)
         self.device = torch.device(device)
         self.dtype = PRECISIONS[precision]
+        self.sharded = shard and dist.is_available() and dist.is_initialized()
+        if self.sharded:
+            self.shape = copy.deepcopy(detector).to("meta")
+            shard_backbone(self.detector, self.device)  # before the rest is moved: as a whole it may not fit
+            self.detector.to(self.device)
+        else:
+            self.detector.to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, images: Tensor):

@@ -49,6 +49,9 @@ class ScaledDetector(Detector):
     def traced(self, output: DenseOutput, num_boxes: int | None = None) -> list[Tensor]:
         return self.detector.traced(output, num_boxes)
 
+    def deployed(self) -> "ScaledDetector":
+        return ScaledDetector(self.detector.deployed(), self.scale)
+
     @property
     def strides(self) -> tuple[float, ...]:
         return tuple(stride / self.scale for stride in self.detector.strides)

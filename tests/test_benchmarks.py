@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import importance, losses
+from benchmarks import coco_size, importance, losses
 from benchmarks.arms import interval, markdown
-from distill.data import Batch
+from distill.data import Batch, open_index
 from distill.distiller import Distiller
 from distill.pruning.graph import find_groups
 
@@ -30,6 +30,18 @@ def test_losses_that_share_pull_as_strongly_as_one(tmp_path):
         'losses={"cross_kd": {"name": "cross_kd", "weight": 0.5}, "pkd": {"name": "pkd", "weight": 0.5}}' in overrides
     )
     assert "balance=gradient" in overrides and "pruning=null" in overrides
+
+
+def test_data_of_a_size_are_opened_and_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_size, "IMAGES", 12)
+    monkeypatch.setattr(coco_size, "BOXES", 30)
+    monkeypatch.setattr(coco_size, "SCORED", 4)
+    coco_size.make(tmp_path)
+    index = open_index(tmp_path, "train")
+    assert (len(index), len(index.boxes)) == (12, 30)
+    found = coco_size.score_it()
+    assert list(found) == ["scoring_by_pycocotools_s", "scoring_by_faster_coco_eval_s"]
+    assert coco_size.memory(["self"]) > 50
 
 
 def test_what_nothing_listens_to_adds_no_loss(build_tiny, images, targets):

@@ -1,69 +1,86 @@
 """Two processes on one machine, over gloo, train one student."""
 
-import json
-import subprocess
+import hashlib
 import sys
 
+import accelerate
+import pytest
 import yaml
 
 import students
-from distill.data.shapes import CLASSES
-
-# train.py as it is; only, each rank says at the end what its own copy of everything looks like
-SCRIPT = """
-import hashlib, json, os, sys
-from pathlib import Path
-
-sys.path.insert(0, {repository!r})
 import train
+from distill.data.shapes import CLASSES
+from distill.measure import count_nonzero, count_parameters
+
+
+@pytest.fixture
+def launch(on_processes, monkeypatch, tmp_path):
+    """Runs train.py on two processes: what each has seen, and what the first one said."""
+
+    def launch(settings):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "a.yaml")])
+        ended = on_processes(2, train_and_see)
+        assert [(one.status, one.value["status"]) for one in ended] == [(0, 0), (0, 0)], ended[0].said + ended[1].said
+        return *(one.value for one in ended), ended[0].said
+
+    return launch
+
+
+def train_and_see():
+    """train.py as it is; only, each process tells in the end what its own copy of everything looks like."""
+    seen = {"labelled": [], "gradients": []}
+    fit, finish, ask, clip = train.fit, train.finish, train.Distiller.ask, accelerate.Accelerator.clip_grad_norm_
+
+    def ask_and_see(unit, teachers, images, targets):
+        if unit.training:
+            seen["labelled"].append(sum(target is not None for target in targets))
+        return ask(unit, teachers, images, targets)
+
+    def see_and_clip(accelerator, parameters, *arguments):
+        parameters = list(parameters)
+        shapes = [list(parameter.shape) for parameter in parameters]
+        seen["gradients"].append((shapes, digest(parameter.grad for parameter in parameters)))
+        return clip(accelerator, parameters, *arguments)
+
+    def fit_and_see(run):
+        fit(run)
+        plans = [plan.to_json() for plan in run.unit.student.plans]
+        seen.update(parameters=digest(run.unit.parameters()), plans=plans, terms=len(run.unit.terms))
+        models, optimizers = run.accelerator._models, run.accelerator._optimizers
+        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        seen["models"] = [run.accelerator.unwrap_model(model) is run.unit for model in models]
+        seen["owned"] = [len(optimizers), owned == {id(parameter) for parameter in run.unit.parameters()}]
+
+    def finish_and_see(run, kept, *arguments):
+        finish(run, kept, *arguments)
+        seen.update(kept=digest(kept.state_dict().values()))
+
+    train.fit, train.finish, train.Distiller.ask = fit_and_see, finish_and_see, ask_and_see
+    accelerate.Accelerator.clip_grad_norm_ = see_and_clip
+    seen["status"] = train.main()
+    return seen
+
 
 def digest(tensors):
     content = b"".join(tensor.detach().contiguous().cpu().numpy().tobytes() for tensor in tensors)
     return hashlib.sha256(content).hexdigest()
 
-fit, finish, ask, seen = train.fit, train.finish, train.Distiller.ask, {{"labelled": []}}
 
-def ask_and_see(unit, teachers, images, targets):
-    if unit.training:
-        seen["labelled"].append(sum(target is not None for target in targets))
-    return ask(unit, teachers, images, targets)
-
-def fit_and_see(run):
-    fit(run)
-    plans = [plan.to_json() for plan in run.unit.student.plans]
-    seen.update(parameters=digest(run.unit.parameters()), plans=plans, terms=len(run.unit.terms))
-
-def finish_and_see(run, kept, *arguments):
-    finish(run, kept, *arguments)
-    seen.update(kept=digest(kept.state_dict().values()))
-
-train.fit, train.finish, train.Distiller.ask = fit_and_see, finish_and_see, ask_and_see
-status = train.main()
-Path({folder!r}, "rank" + os.environ["RANK"] + ".json").write_text(json.dumps(seen))
-sys.exit(status)
-"""
-
-
-def launch(settings, repository, folder):
-    """Runs it on two processes: what each has seen, and what was said."""
-    (folder / "a.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "check.py").write_text(SCRIPT.format(repository=str(repository), folder=str(folder)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "check.py", "a.yaml"], cwd=folder, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return *(json.loads((folder / f"rank{n}.json").read_text()) for n in (0, 1)), done.stdout
-
-
-def test_two_processes_hold_the_same_student(settings, repository, tmp_path):
+def test_two_processes_hold_the_same_student(settings, launch, tmp_path):
     settings["data"]["batch_size"] = 2  # two steps an epoch on each
-    settings["pruning"] |= {"end": 1, "every": 1, "evaluate": True}
+    settings["pruning"] |= {"end": 2, "every": 1, "evaluate": True, "blocks": {"count": 1, "epochs": [1]}}
+    settings["pruning"]["sparsity"] = {"scales": 0.01, "weights": 1e-5, "groups": 1e-4, "spare_shortcuts": True}
+    settings["pruning"]["masks"] = {"sparsity": 0.5, "epochs": [2], "importance": "gradient", "ranking": "global"}
     settings["train"]["epochs"] = 3
-    first, second, said = launch(settings, repository, tmp_path)
-    assert first["terms"] == 4 and len(first["plans"]) == 1
+    settings["teacher"]["train"]["epochs"] = 1
+    first, second, said = launch(settings)
+    assert first["terms"] == 4 and len(first["plans"]) == 2
     assert second["plans"] == first["plans"]
     assert second["parameters"] == first["parameters"]
+    student = students.load(tmp_path / "run/student")
+    assert [name for name, _ in student.plans[0].blocks] == ["backbone.body.layer1.0"]
+    assert 0.5 <= count_nonzero(student) / count_parameters(student) < 0.6
     # batch-norm statistics included: each rank evaluates its share of the images
     assert second["kept"] == first["kept"]
     rows = (tmp_path / "run" / "results.csv").read_text().splitlines()
@@ -71,13 +88,41 @@ def test_two_processes_hold_the_same_student(settings, repository, tmp_path):
     assert said.count("cut before epoch 2: ") == 1  # one rank reports
 
 
-def test_a_process_without_labelled_images_stays_in_step(settings, repository, scenes, build_tiny, tmp_path):
+def test_gradients_are_those_of_all_processes_after_each_cut(settings, launch):
+    settings |= {"teacher": None, "losses": {}, "balance": "none", "train": {"epochs": 3}}
+    settings["data"]["batch_size"] = 2
+    settings["pruning"] = {"target": 0.5, "start": 1, "end": 2}
+    first, second, _ = launch(settings)
+    assert len(first["gradients"]) == 6 and first["gradients"] == second["gradients"]
+    shapes = [shapes for shapes, _ in first["gradients"]]
+    assert shapes[0] == shapes[1] != shapes[2] == shapes[3] != shapes[4] == shapes[5]
+    assert first["models"] == second["models"] == [True]  # no wrapper of an older shape
+    assert first["owned"] == second["owned"] == [1, True]
+
+
+def test_a_process_that_cuts_otherwise_is_found(settings, on_processes, monkeypatch, tmp_path):
+    settings |= {"teacher": None, "losses": {}, "balance": "none", "train": {"epochs": 2}}
+    settings["pruning"] = {"target": 0.5, "start": 1, "end": 1}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "a.yaml")])
+
+    def plan_alone(run, epoch):
+        run.pruner.target += 0.2 * run.accelerator.process_index
+        return run.pruner.plan(run.unit, epoch)
+
+    monkeypatch.setattr(train, "plan_cut", plan_alone)
+    ended = on_processes(2, train.main)
+    assert [one.value for one in ended] == [2, 2]
+    assert "processes: 1 of 2 hold another student" in ended[0].said
+
+
+def test_a_process_without_labelled_images_stays_in_step(settings, launch, scenes, build_tiny, tmp_path):
     students.save(build_tiny(class_names=list(CLASSES), channels=24), tmp_path / "teacher")
     settings |= {"teacher": {"path": str(tmp_path / "teacher")}, "pruning": None, "train": {"epochs": 2}}
     settings["losses"] = {"soft_label": {"name": "dense_sigmoid"}, "feature_mimic": {"name": "pkd"}}
     # labelled, unlabelled | unlabelled, unlabelled | ...: the second process never has one of the eight labelled ones
     settings["data"] |= {"batch_size": 2, "unlabelled": {"root": f"{scenes}/images/val", "ratio": 0.75}}
-    first, second, _ = launch(settings, repository, tmp_path)
+    first, second, _ = launch(settings)
     # before them, the batch that the guards look at, which is the same for both
     assert first["labelled"] == [1] + [1] * 16 and second["labelled"] == [1] + [0] * 16
     assert (first["parameters"], first["kept"]) == (second["parameters"], second["kept"])

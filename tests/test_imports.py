@@ -53,10 +53,3 @@ def test_losses_need_only_torch(repository):
     allowed = {"torch", "torchvision", "scipy", "losses"} | sys.stdlib_module_names
     wrong = {f"{p.name}: {name}" for p in (repository / "losses").rglob("*.py") for name in top_level(p) - allowed}
     assert not wrong
-
-
-def test_only_the_graph_knows_torch_pruning(repository):
-    rooms = [repository / room for room in (*MAY_IMPORT, "benchmarks")]
-    files = [*repository.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]
-    knowing = {str(path.relative_to(repository)) for path in files if "torch_pruning" in top_level(path)}
-    assert knowing == {"distill/pruning/graph.py"}

@@ -132,6 +132,41 @@ def test_a_selection_of_the_teachers_channels_comes_back(start, interrupt, setti
     assert results(broken) == results(whole)
 
 
+def test_what_else_is_pruned_comes_back(start, interrupt, settings, tmp_path, capsys):
+    # channels that are silent, a block and masks before the interruption; channels that go and more masks after it
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings |= {"teacher": None, "losses": {}, "balance": "none", "train": {"epochs": 4}}
+    settings["pruning"] |= {"target": 0.6, "start": 0, "end": 2, "every": 1, "method": "soft", "importance": "group_l1"}
+    settings["pruning"]["blocks"] = {"count": 1, "epochs": [1], "importance": "taylor"}
+    settings["pruning"]["sparsity"] = {"scales": 0.01, "groups": 1e-4}
+    settings["pruning"]["masks"] = {"kind": "kernels", "sparsity": 0.5, "epochs": [2, 3]}
+    assert start("whole") == 0
+    said = capsys.readouterr().out
+    assert said.count("are set to 0") == 2 and "cut before epoch 2: " in said and "cut before epoch 3: " in said
+    assert "without backbone.body.layer1.0" in said and said.count("masks before epoch") == 2
+    interrupt(4, while_distilling=False)
+    with pytest.raises(Interrupted):
+        start("broken")
+    assert start("broken", "--resume", str(broken)) == 0
+    for file in ("model.safetensors", "plans.json"):
+        assert (broken / "student" / file).read_bytes() == (whole / "student" / file).read_bytes(), file
+    assert results(broken) == results(whole) and summary(broken) == summary(whole)
+
+    rows, student = results(whole), students.load(whole / "student")
+    # what is drawn is drawn less and less, and no longer once the channels are gone
+    drawn = [float(row["sparsity"]) for row in rows]
+    assert drawn[0] > drawn[1] > drawn[2] == drawn[3] == 0
+    assert all(row["small_scales"] for row in rows)
+    nonzero = [float(row["nonzero"]) for row in rows]
+    assert nonzero[0] > 0.9 and nonzero[1] > 0.9 > nonzero[2] > nonzero[3]  # before masks some filters are silent
+    # the averaged copy, which is what is kept, is 0 where the student is
+    counted = sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in student.parameters())
+    total = sum(p.numel() for p in student.parameters())
+    assert counted / total == pytest.approx(nonzero[3])
+    assert summary(whole)["student"]["nonzero"] == counted < summary(whole)["student"]["params"] == total
+    assert "not 0" in (whole / "README.md").read_text()
+
+
 def test_a_teacher_that_was_interrupted_goes_on_and_a_finished_one_is_reused(
     start, interrupt, settings, tmp_path, capsys
 ):

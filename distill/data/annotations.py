@@ -8,6 +8,7 @@ import numpy as np
 
 from distill.errors import UserError
 
+_ROW = np.dtype([("image", np.int64), ("label", np.int64), ("box", np.float64, 4), ("ignored", bool)])
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -73,16 +74,17 @@ def collect_annotations(
         image_ids: one an image; None numbers them from 1.
         fractional: whether boxes are fractions of the image's width and height.
     """
-    rows = sorted(rows, key=lambda row: row[0])
+    table = np.fromiter(rows, dtype=_ROW)
+    table = table[np.argsort(table["image"], kind="stable")]
     return Annotations(
         class_names=class_names,
         image_root=image_root,
         files=files,
         sources=sources,
         image_ids=np.array(range(1, len(files) + 1) if image_ids is None else list(image_ids), dtype=np.int64),
-        box_images=np.array([row[0] for row in rows], dtype=np.int64),
-        boxes=np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4),
-        labels=np.array([row[1] for row in rows], dtype=np.int64),
-        ignored=np.array([row[3] for row in rows], dtype=bool),
+        box_images=table["image"].copy(),
+        boxes=table["box"].copy(),
+        labels=table["label"].copy(),
+        ignored=table["ignored"].copy(),
         fractional=fractional,
     )

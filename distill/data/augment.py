@@ -15,8 +15,8 @@ from albumentations.augmentations.crops.transforms import BaseCrop
 from distill.errors import UserError
 
 PAD_VALUE = 114
+MIN_VISIBLE = 0.25  # of a box's area; less of it in a crop is no object to find
 
-_MIN_VISIBLE = 0.25  # of a box's area; less of it in a crop is no object to find
 _MAX_STRETCH = 4 / 3  # of a crop's aspect ratio against the image's
 _SMALLEST_ZOOM = 0.5
 
@@ -77,7 +77,7 @@ class Augmentation:
         self.image_size = image_size
         self.resize = resize
         self.zoom_out = zoom_out
-        boxes = A.BboxParams("pascal_voc", min_visibility=_MIN_VISIBLE)
+        boxes = A.BboxParams("pascal_voc", min_visibility=MIN_VISIBLE)
         self.geometry = A.Compose(geometry, bbox_params=boxes) if geometry else None
         self.color = A.Compose(color) if color else None
 

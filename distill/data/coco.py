@@ -3,6 +3,9 @@
 import json
 import math
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from distill.data.annotations import Annotations, collect_annotations
 from distill.errors import UserError
@@ -25,36 +28,61 @@ def find_splits(root: Path) -> dict[str, Path]:
     return splits
 
 
+class _Image(msgspec.Struct):
+    id: int
+    file_name: str
+
+
+class _Category(msgspec.Struct):
+    id: int | str
+    name: str | int | float
+
+
+class _Annotation(msgspec.Struct):
+    image_id: int
+    category_id: int | str
+    bbox: tuple[float, float, float, float]
+    iscrowd: int | bool = 0
+
+
+class _Content(msgspec.Struct):
+    images: list[_Image]
+    categories: list[_Category]
+    annotations: list[_Annotation]
+
+
+class _Listed(msgspec.Struct):
+    file_name: str
+
+
+class _Unlabelled(msgspec.Struct):
+    images: list[_Listed]
+
+
 def read_split(root: Path, split: str, source: Path) -> Annotations:
     """Reads one json file; classes are in the order of their category ids, `iscrowd` boxes are ignored.
 
     Raises:
         UserError: the file is not valid json, or an entry lacks a key or points to an entry that does not exist.
     """
-    content = _load(source)
-    if not content["categories"] and content["annotations"]:
+    content = _load(source, _Content)
+    if not content.categories and content.annotations:
         raise UserError(f"{source}: 'categories' is empty; list the classes there, each with 'id' and 'name'")
-    try:
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        class_names = list(dict.fromkeys(str(category["name"]) for category in categories))
-        label_of_id = {category["id"]: class_names.index(str(category["name"])) for category in categories}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{source}: an entry of 'categories' needs 'id' and 'name' ({error})") from error
+    categories = sorted(content.categories, key=lambda category: (isinstance(category.id, str), category.id))
+    class_names = list(dict.fromkeys(str(category.name) for category in categories))
+    label_of_id = {category.id: class_names.index(str(category.name)) for category in categories}
 
-    files, image_of_id = _read_files(content, source), {}
-    for position, image in enumerate(content["images"]):
-        if type(image.get("id")) is not int:
-            raise UserError(f"{source}: images[{position}].id is {image.get('id')!r}; a whole number is needed")
-        if image["id"] in image_of_id:
-            raise UserError(f"{source}: images[{position}].id {image['id']} occurs twice; ids must be unique")
-        image_of_id[image["id"]] = position
+    image_of_id: dict[int, int] = {}
+    for position, image in enumerate(content.images):
+        if image_of_id.setdefault(image.id, position) != position:
+            raise UserError(f"{source}: images[{position}].id {image.id} occurs twice; ids must be unique")
 
-    rows = [
-        _read_box(annotation, image_of_id, label_of_id, f"{source}: annotations[{position}]")
-        for position, annotation in enumerate(content["annotations"])
-    ]
+    files = [image.file_name for image in content.images]
     return collect_annotations(
-        rows,
+        (
+            _read_box(annotation, image_of_id, label_of_id, source, position)
+            for position, annotation in enumerate(content.annotations)
+        ),
         class_names=class_names,
         image_root=_find_images(root, split, source, files),
         files=files,
@@ -69,53 +97,51 @@ def list_images(root: Path, split: str, source: Path) -> tuple[Path, list[str]]:
     Raises:
         UserError: the file is not valid json, or an entry of 'images' lacks its file.
     """
-    files = _read_files(_load(source, needed=("images",)), source)
+    files = [image.file_name for image in _load(source, _Unlabelled).images]
     return _find_images(root, split, source, files), files
 
 
-def _read_files(content: dict, source: Path) -> list[str]:
-    for position, image in enumerate(content["images"]):
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-            raise UserError(f"{source}: images[{position}] has no 'file_name'")
-    return [image["file_name"] for image in content["images"]]
+T = TypeVar("T", _Content, _Unlabelled)
 
 
-def _load(source: Path, needed: tuple[str, ...] = ("images", "annotations", "categories")) -> dict:
+def _load(source: Path, kind: type[T]) -> T:
+    """What is needed of a file; the rest, such as outlines, which would fill gigabytes, never becomes an object."""
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        text = source.read_bytes()
+        try:
+            return msgspec.json.decode(text, type=kind)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:  # Python's own reader names the line, and takes the NaN that some tools write
+            return msgspec.convert(json.loads(text), type=kind)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: line {error.lineno}: not valid JSON: {error.msg}") from error
+    except msgspec.ValidationError as error:
+        wrong, _, place = str(error).replace("`", "'").replace("Object missing", "lacks the").partition(" - at '$")
+        place = place.strip(".'") + ": " if place else ""
+        needed = "a COCO file has the lists images, annotations and categories"
+        raise UserError(
+            f"{source}: {place}{wrong[0].lower()}{wrong[1:]}{'' if '[' in place else f'; {needed}'}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read as JSON ({error})") from error
-    for key in needed:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{source}: no list '{key}'; a COCO file has images, annotations and categories")
-    return content
 
 
 def _read_box(
-    annotation: object, image_of_id: dict[int, int], label_of_id: dict[int, int], place: str
+    annotation: _Annotation, image_of_id: dict[int, int], label_of_id: dict[int | str, int], source: Path, position: int
 ) -> tuple[int, int, tuple[float, float, float, float], bool]:
     """(image, label, xyxy box, crowd) of one entry of 'annotations'."""
-    try:
-        image, label = image_of_id[annotation["image_id"]], label_of_id[annotation["category_id"]]
-        x, y, width, height = (float(value) for value in annotation["bbox"])
-        if not math.isfinite(x + y + width + height):
-            raise ValueError
-        return image, label, (x, y, x + width, y + height), bool(annotation.get("iscrowd", 0))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{place}: {_explain(annotation, image_of_id, label_of_id)}") from error
-
-
-def _explain(annotation: object, image_of_id: dict, label_of_id: dict) -> str:
-    if not isinstance(annotation, dict):
-        return f"is {annotation!r}; an object is needed"
-    for key, known, kind in (("image_id", image_of_id, "images"), ("category_id", label_of_id, "categories")):
-        if key not in annotation:
-            return f"has no '{key}'"
-        if type(annotation[key]) is not int or annotation[key] not in known:
-            return f"{key} {annotation[key]!r} is not among the ids of '{kind}'"
-    return f"bbox is {annotation.get('bbox')!r}; four finite numbers (x, y, width, height) are needed"
+    image, label = image_of_id.get(annotation.image_id), label_of_id.get(annotation.category_id)
+    x, y, width, height = annotation.bbox
+    if image is None:
+        wrong = f"image_id {annotation.image_id!r} is not among the ids of 'images'"
+    elif label is None:
+        wrong = f"category_id {annotation.category_id!r} is not among the ids of 'categories'"
+    elif not math.isfinite(x + y + width + height):
+        wrong = f"bbox is {list(annotation.bbox)}; four finite numbers (x, y, width, height) are needed"
+    else:
+        return image, label, (x, y, x + width, y + height), bool(annotation.iscrowd)
+    raise UserError(f"{source}: annotations[{position}]: {wrong}")
 
 
 def _find_images(root: Path, split: str, source: Path, files: list[str]) -> Path:

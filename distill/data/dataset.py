@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
-from distill.data.augment import Augmentation
+from distill.data.augment import Augmentation, View
 from distill.data.images import UnreadableImageError, read_image
 from distill.data.index import DetectionIndex
+from distill.data.mosaic import compose_mosaic
 from distill.data.sampler import (
     Address,
     EpochSampler,
@@ -33,7 +34,7 @@ class ImageMeta:
     """Where an image of a batch comes from, and how it was fitted into the input.
 
     For the evaluation transform, input pixel = original pixel * scale + offset. A crop or a flip comes before that and
-    is not recorded.
+    is not recorded; of a mosaic it is the first image's, as far as it is shown.
 
     Attributes:
         image_id: id in the annotations.
@@ -89,18 +90,28 @@ class DetectionDataset(Dataset):
         transform: what makes a view of an image.
         seed: of the augmentation.
         unreadable: 'error', or 'skip' to yield the file's name in place of an image that fails to decode.
+        mosaic: probability of showing an image with three others beside it, see `distill.data.mosaic`. Of those, one
+            that fails to decode is left out, and named when its own turn comes.
 
     Raises:
         UserError: `unreadable` is neither.
     """
 
-    def __init__(self, index: DetectionIndex, transform: Augmentation, seed: int = 0, unreadable: str = "error"):
+    def __init__(
+        self,
+        index: DetectionIndex,
+        transform: Augmentation,
+        seed: int = 0,
+        unreadable: str = "error",
+        mosaic: float = 0.0,
+    ):
         if unreadable not in ("error", "skip"):
             raise UserError(f"data.unreadable: found {unreadable!r}; allowed are 'error' and 'skip'")
         self.index = index
         self.transform = transform
         self.seed = seed
         self.unreadable = unreadable
+        self.mosaic = mosaic
         self.reading: Tensor | None = None  # where a loader's worker notes the file that it is at
 
     def __len__(self) -> int:
@@ -113,25 +124,17 @@ class DetectionDataset(Dataset):
             UnreadableImageError: the image fails to decode and is not to be skipped.
         """
         position, epoch = address if isinstance(address, tuple) else (address, 0)
-        index = self.index
-        original_size = tuple(index.sizes[position].tolist())
-        try:
-            image = self._read(position, original_size)
-        except UnreadableImageError:
-            if self.unreadable == "error":
-                raise
+        index, rng = self.index, np.random.default_rng((self.seed, epoch, position))
+        view = self._look(position, rng)
+        if view is None:
             return index.file(position)
-        learned = ~index.ignored_of(position)
-        view = self.transform(
-            image,
-            index.boxes_of(position)[learned],
-            index.labels_of(position)[learned],
-            np.random.default_rng((self.seed, epoch, position)),
-        )
+        if self.mosaic and rng.random() < self.mosaic:
+            others = rng.integers(len(index), size=3).tolist()
+            view = compose_mosaic([view, *(self._look(other, rng) for other in others)], rng)
         meta = ImageMeta(
             image_id=int(index.image_ids[position]),
             file=index.file(position),
-            original_size=original_size,
+            original_size=tuple(index.sizes[position].tolist()),
             scale=view.scale,
             offset=view.offset,
             valid_size=view.valid_size,
@@ -147,8 +150,21 @@ class DetectionDataset(Dataset):
         """Addresses in epoch 0 that lie evenly over all images, the same for every call."""
         return [(i * len(self) // number, 0) for i in range(number)]
 
-    def _read(self, position: int, original_size: tuple[int, int]) -> np.ndarray:
-        path = self.index.path(position)
+    def _look(self, position: int, rng: np.random.Generator) -> View | None:
+        """A view of the image at a position; None where it is left out."""
+        try:
+            image = self._read(position)
+        except UnreadableImageError:
+            if self.unreadable == "error":
+                raise
+            return None
+        learned = ~self.index.ignored_of(position)
+        return self.transform(
+            image, self.index.boxes_of(position)[learned], self.index.labels_of(position)[learned], rng
+        )
+
+    def _read(self, position: int) -> np.ndarray:
+        path, original_size = self.index.path(position), tuple(self.index.sizes[position].tolist())
         if self.reading is not None:
             _write_note(self.reading, str(path))
         image = read_image(path)

@@ -13,18 +13,18 @@ CLOSE = 0.98  # share of a budget that counts as having met it
 
 
 def keep_counts(
-    scores: Sequence[Tensor], threshold: float, round_to: int, floors: Sequence[int], caps: Sequence[int]
+    scores: Sequence[Tensor], threshold: float, steps: Sequence[int], floors: Sequence[int], caps: Sequence[int]
 ) -> list[int]:
     """How many channels of each group stay when those that score below a global threshold go.
 
-    A count is rounded to the nearest multiple of `round_to` that is not below the group's floor nor, if one is left,
+    A count is rounded to the nearest multiple of the group's step that is not below its floor nor, if one is left,
     above its cap, and never more than there are; a group that loses nothing keeps the width it has.
     """
     counts = []
-    for score, floor, cap in zip(scores, floors, caps):
+    for score, step, floor, cap in zip(scores, steps, floors, caps):
         wanted = min(int((score >= threshold).sum()), cap)
-        nearest = min(round(wanted / round_to), cap // round_to if cap < len(score) else wanted)
-        nearest = max(nearest, math.ceil(floor / round_to)) * round_to
+        nearest = min(round(wanted / step), cap // step if cap < len(score) else wanted)
+        nearest = max(nearest, math.ceil(floor / step)) * step
         counts.append(min(nearest, len(score)) if wanted < len(score) else wanted)
     return counts
 
@@ -33,15 +33,14 @@ def make_plan(
     groups: Sequence[ChannelGroup], scores: Sequence[Tensor], counts: Sequence[int], tensors: dict[str, Tensor]
 ) -> Plan:
     """The plan that leaves each group its `counts` best channels."""
-    removed: dict[tuple[str, int], set[int]] = {}
+    removed: dict[tuple[str, int | None], set[int]] = {}
     for group, score, count in zip(groups, scores, counts):
         lowest = torch.argsort(score, stable=True)[: group.width - count]
         gone = set(lowest.tolist())
         if not gone:
             continue
-        for member in group.members:
-            indices = {p for p, channel in zip(member.positions, member.channels) if channel in gone}
-            removed.setdefault((member.name, member.dim), set()).update(indices)
+        for spot, indices in group.entries(gone).items():
+            removed.setdefault(spot, set()).update(indices)
     return Plan.from_removed(removed, tensors)
 
 
@@ -51,7 +50,7 @@ def meet_budget(
     tensors: dict[str, Tensor],
     budget: float,
     cost: Callable[[Plan], float],
-    round_to: int,
+    steps: Sequence[int],
     floors: Sequence[int],
     caps: Sequence[int] | None = None,
 ) -> tuple[Plan, float]:
@@ -66,7 +65,7 @@ def meet_budget(
         tensors: the traced module's tensors by name.
         budget: what may be left, in the currency of `cost`.
         cost: what a plan leaves.
-        round_to: widths become multiples of this.
+        steps: what the width of each group becomes a multiple of.
         floors: least width of each group.
         caps: greatest width of each group; what they have if None.
 
@@ -81,7 +80,7 @@ def meet_budget(
 
     # thresholds between two scores cut alike, so bisect over the scores themselves
     thresholds = torch.unique(torch.cat([*scores, torch.tensor([float("inf")])])).tolist()
-    counts_at = lambda n: keep_counts(scores, thresholds[n], round_to, floors, caps)  # noqa: E731
+    counts_at = lambda n: keep_counts(scores, thresholds[n], steps, floors, caps)  # noqa: E731
     low, high = 0, len(thresholds) - 1
     best = attempt(counts_at(high))
     while low < high:
@@ -105,7 +104,7 @@ def meet_budget(
         if not narrowed:
             return best
         g = max(narrowed, key=lambda g: float(ordered[g][groups[g].width - counts[g] - 1]))
-        wider = min((counts[g] // round_to + 1) * round_to, groups[g].width)
+        wider = min((counts[g] // steps[g] + 1) * steps[g], groups[g].width)
         tried = attempt([*counts[:g], wider, *counts[g + 1 :]])
         if wider <= caps[g] and tried[1] <= budget:
             best, counts[g] = tried, wider

@@ -59,7 +59,8 @@ class Cost:
             trial = copy.deepcopy(self._student)
             apply_plan([(trial, plan.below("student."))])
             return measure_latency(trial, self.image_size, warmup=5, repeats=30, device=self.device)
-        shapes = {name: list(shape) for name, shape in self._shapes.items()}
+        gone = tuple(f"{name}." for name, _ in plan.blocks)
+        shapes = {name: list(shape) for name, shape in self._shapes.items() if not name.startswith(gone)}
         for cut in plan.cuts:
             for name, dim in cut.slices:
                 if name in shapes:
@@ -87,9 +88,10 @@ class Cost:
     def _sum(self, shapes: dict[str, list[int]]) -> int:
         match self.currency:
             case "macs":
-                return sum(n * math.prod(shapes[name]) for name, n in self._uses.items())
+                return sum(n * math.prod(shapes[name]) for name, n in self._uses.items() if name in shapes)
             case "memory":
-                return sum(n * shapes[name][self._output_dim(name)] for name, n in self._uses.items())
+                uses = [(name, n) for name, n in self._uses.items() if name in shapes]
+                return sum(n * shapes[name][self._output_dim(name)] for name, n in uses)
         return sum(math.prod(shape) for shape in shapes.values())
 
     def _output_dim(self, name: str) -> int:

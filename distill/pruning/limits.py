@@ -41,13 +41,13 @@ class Limits:
                         f"{key}: {pattern!r} matches none of the {len(names)} layers that can be cut{such}"
                     )
 
-    def of(self, group: ChannelGroup, uncut_width: int, round_to: int, done: float = 1.0) -> tuple[int, int]:
+    def of(self, group: ChannelGroup, uncut_width: int, step: int, done: float = 1.0) -> tuple[int, int]:
         """Fewest and most channels that a group keeps.
 
         Args:
             group: as it is now.
             uncut_width: channels that it had before any cut.
-            round_to: widths become multiples of this.
+            step: what its width becomes a multiple of.
             done: what part of the way to the cap is due by now.
         """
         names = layers_of(group)
@@ -57,7 +57,7 @@ class Limits:
         found = [shares for pattern, shares in self.limits.items() if matches(pattern)]
         least = max([self.floor, *(low for low, _ in found)])
         most = max(least, min([1.0, *(high for _, high in found)]))
-        fewest = min(group.width, max(round_to, math.ceil(least * uncut_width)))
+        fewest = min(group.width, max(step, math.ceil(least * uncut_width)))
         return fewest, max(fewest, math.floor((1 - (1 - most) * done) * uncut_width))
 
 

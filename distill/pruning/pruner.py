@@ -14,7 +14,7 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.pruning.budget import meet_budget
 from distill.pruning.cost import BUDGETS, Cost
-from distill.pruning.graph import ChannelGroup, find_groups
+from distill.pruning.graph import ChannelGroup, find_groups, trace_channels
 from distill.pruning.importance import IMPORTANCES, Evidence
 from distill.pruning.limits import Limits, layers_of
 from distill.pruning.ranking import Curve, rank_by_harm, rank_by_structure, rank_together, score_greedily
@@ -33,6 +33,8 @@ class Pruner:
         target: share of the uncut student's cost that is left after the last cut.
         epochs: before which cuts are made, counted from 0.
         budget: what costs are counted in, see `distill.pruning.cost.Cost`.
+        method: `cut`, or `soft`, which at all `epochs` but the last only chooses channels to be set to 0, see
+            `distill.pruning.soft`.
         schedule: how much each cut takes, see `distill.pruning.schedule.share_left`.
         importance: a name in `distill.pruning.importance`.
         knowledge: whether the knowledge terms count where an importance goes by gradients, or the task alone.
@@ -49,8 +51,10 @@ class Pruner:
         device: where latency is measured; None: where the student is.
 
     Attributes:
+        soft_epochs: before which channels are set to 0 instead of cut.
         uncut: what the student costs before any cut, as `check` finds it.
-        uncut_widths: likewise, by group.
+        uncut_widths: likewise, of the narrowest group that runs through each dimension of each tensor: a group may be
+            named otherwise once blocks are gone.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Pruner:
         target: float,
         epochs: Sequence[int],
         budget: str = "macs",
+        method: str = "cut",
         schedule: str = "cubic",
         importance: str = "group_l1",
         knowledge: bool = True,
@@ -74,11 +79,12 @@ class Pruner:
     ):
         self.image_size, self.device = image_size, device
         self.target, self.epochs, self.budget, self.schedule = target, sorted(set(epochs)), budget, schedule
+        self.soft_epochs = self.epochs[:-1] if method == "soft" else []
         self.importance, self.knowledge, self.greedy = IMPORTANCES[importance], knowledge, greedy
         self.ranking, self.curves, self.per = ranking, curves or {}, per
         self.limits, self.round_to = Limits(floor, keep, limits), round_to
         self.uncut = 0.0
-        self.uncut_widths: dict[str, int] = {}
+        self.uncut_widths: dict[tuple[str, int], int] = {}
 
     def check(self, unit: Distiller) -> None:
         """Looks at the uncut student, before anything else; later cuts are shares of what is found here.
@@ -88,9 +94,11 @@ class Pruner:
                 matches nothing, a curve is missing, or no plan can reach the target.
         """
         try:
-            groups = find_groups(unit, self.image_size)
-            cost = self._cost(unit)
-            self.uncut, self.uncut_widths = cost.now(), {group.name: group.width for group in groups}
+            graph = trace_channels(unit, self.image_size)
+            groups, cost = graph.groups, self._cost(unit)
+            self.uncut, self.uncut_widths = cost.now(), {}
+            for group in sorted(groups, key=lambda group: group.width, reverse=True):
+                self.uncut_widths |= {(member.name, member.dim): group.width for member in group.members}
             least = self._least(unit, groups, cost) / self.uncut
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -114,8 +122,8 @@ class Pruner:
             held = any(isinstance(layer, ChannelSelection) for layer in unit.output_layers)
             raise UserError(
                 f"pruning.target: {self.target} cannot be reached; cut as far as may be this student still has "
-                f"{least:.3f} of its {BUDGETS[self.budget]}; raise the target, or lower pruning.round_to "
-                f"({self.round_to}){''.join(f' or pruning.{name}' for name in named)}"
+                f"{least:.3f} of its {BUDGETS[self.budget]}{_told(graph.whole)}; raise the target, or lower "
+                f"pruning.round_to ({self.round_to}){''.join(f' or pruning.{name}' for name in named)}"
                 f"{', or choose another adapter than identity, which holds the pyramid at its width' if held else ''}"
             )
 
@@ -139,7 +147,7 @@ class Pruner:
         """
         assert self.uncut, "check first: cuts are shares of what is found then"
         groups, tensors = find_groups(unit, self.image_size), named_tensors(unit)
-        scores, widths = self._scores(unit, groups, evidence), [self.uncut_widths[group.name] for group in groups]
+        scores, widths = self._scores(unit, groups, evidence), [self._uncut_width(group) for group in groups]
         if self.per != "none":
             # adapters are not deployed, so what they compute costs nothing; what costs nothing must not go for free
             costs = Cost(unit, self.per, self.image_size)
@@ -165,6 +173,14 @@ class Pruner:
     def _done(self, epoch: int) -> float:
         return sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)
 
+    def _uncut_width(self, group: ChannelGroup) -> int:
+        found = [
+            self.uncut_widths[spot]
+            for member in group.members
+            if (spot := (member.name, member.dim)) in self.uncut_widths
+        ]
+        return max(group.width, *found)
+
     def _cost(self, unit: Distiller) -> Cost:
         return Cost(unit, self.budget, self.image_size, self.device)
 
@@ -177,6 +193,8 @@ class Pruner:
             return self.importance.measure(
                 unit, groups, batches, lambda batch: trained_loss(unit, teachers, batch, self.knowledge)
             )
+        except UserError:  # of the data
+            raise
         except ValueError as error:
             raise UserError(f"pruning.importance: {error}") from error
 
@@ -184,7 +202,7 @@ class Pruner:
         tensors = named_tensors(unit)
         try:
             if self.greedy:
-                return [score_greedily(self.importance, group, tensors, self.round_to) for group in groups]
+                return [score_greedily(self.importance, group, tensors, group.step(self.round_to)) for group in groups]
             return [self.importance.score(group, tensors, evidence) for group in groups]
         except ValueError as error:
             raise UserError(f"pruning.importance: {error}") from error
@@ -202,9 +220,18 @@ class Pruner:
         cost: Cost,
         done: float,
     ) -> tuple[Plan, float]:
-        bounds = [self.limits.of(group, self.uncut_widths[group.name], self.round_to, done) for group in groups]
-        floors, caps = zip(*bounds)
-        return meet_budget(groups, scores, named_tensors(unit), budget, cost.after, self.round_to, floors, caps)
+        steps = [group.step(self.round_to) for group in groups]
+        bounds = [self.limits.of(group, self._uncut_width(group), step, done) for group, step in zip(groups, steps)]
+        floors, caps = [low for low, _ in bounds], [high for _, high in bounds]
+        return meet_budget(groups, scores, named_tensors(unit), budget, cost.after, steps, floors, caps)
+
+
+def _told(whole: Mapping[str, str]) -> str:
+    """How many layers stay whole, and why the first of them does."""
+    if not whole:
+        return ""
+    layer, reason = next(iter(whole.items()))
+    return f" ({len(whole)} layers stay whole, first {layer}: {reason})"
 
 
 def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:

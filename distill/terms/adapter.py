@@ -63,8 +63,8 @@ class ChannelSelection(nn.Module):
         self.register_buffer("kept", torch.arange(channels))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W), unchanged; but a view, so that a tracer sees that it came by."""
-        return features.view_as(features)
+        """(B, C, H, W), unchanged; but where nothing is computed, a tracer sees that `kept` has the same channels."""
+        return features * self.kept[:, None, None] if features.is_meta else features
 
     def select(self, teacher: Tensor) -> Tensor:
         """(B, C_T, H, W) -> (B, C, H, W)."""

@@ -50,6 +50,10 @@ class TorchvisionDetector(Detector):
         """Classes of the head, the background included."""
 
     @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        return (self.model.backbone,)  # what torchvision's heads do is called piece by piece
+
+    @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist())
 

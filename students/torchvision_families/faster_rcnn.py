@@ -178,18 +178,17 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
             candidates = sum(min(len(level), rpn._pre_nms_top_n["testing"]) for level in output.anchor_boxes)
             num_boxes = min(candidates, rpn._post_nms_top_n["testing"])
         levels, size = output.features[:-1], heads.box_roi_pool.output_size
-        batch, channels = levels[0].shape[:2]
-        pooled = levels[0].new_zeros(batch * num_boxes, channels, *size)
+        total = len(levels[0]) * num_boxes
+        pooled = []
         for number, (level, stride) in enumerate(zip(levels, self.strides)):
-            rows = pooled[number :: len(levels)]
-            boxes = level.new_tensor([0.0, 0, 0, stride, stride]).expand(len(rows), 5)  # on the first image
-            # written in place, as torchvision does: a tracer could take a concatenation for one of channels
-            pooled[number :: len(levels)] = roi_align(level, boxes, size, 1 / stride, 2)
+            here = len(range(number, total, len(levels)))
+            boxes = level.new_tensor([0.0, 0, 0, stride, stride]).expand(here, 5)  # on the first image
+            pooled.append(roi_align(level, boxes, size, 1 / stride, 2))
         return [
             *output.features,
             *output.objectness,
             *output.box_deltas,
-            *heads.box_predictor(heads.box_head(pooled)),
+            *heads.box_predictor(heads.box_head(torch.cat(pooled))),
         ]
 
     @property

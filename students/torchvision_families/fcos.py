@@ -6,9 +6,18 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from losses.normalizer import share_normalizer
 from students.torchvision_families.backbone import build_fpn_backbone, imagenet_weights, settle_norm, settle_trainable
 from students.torchvision_families.one_stage import PyramidDetector
 from students.torchvision_families.weights import FirstWeights
+
+
+class Head(FCOSHead):
+    """torchvision's, with losses that count the objects of all ranks."""
+
+    def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
+        losses = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        return share_normalizer(losses, sum(int((match >= 0).sum()) for match in matched_idxs))
 
 
 class FCOSDetector(PyramidDetector):
@@ -59,7 +68,7 @@ class FCOSDetector(PyramidDetector):
             body,
             first.head_classes,
             anchor_generator=AnchorGenerator(sizes, ((1.0,),) * len(sizes)),
-            head=FCOSHead(channels, 1, first.head_classes, head_depth),
+            head=Head(channels, 1, first.head_classes, head_depth),
         )
         super().__init__(class_names, model, first, ("head.classification_head.cls_logits.",))
         self.settled = {"norm": norm, "trainable_layers": trainable_layers, "head_classes": first.head_classes}

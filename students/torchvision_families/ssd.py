@@ -17,6 +17,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor, _normal_init
 from torchvision.ops import box_iou
 
+from losses.normalizer import share_normalizer
 from students.torchvision_families.backbone import settle_trainable
 from students.torchvision_families.one_stage import OneStageDetector
 from students.torchvision_families.weights import FirstWeights
@@ -52,7 +53,8 @@ class SSDDetector(OneStageDetector):
                 matched.append(self.model.proposal_matcher(box_iou(target["boxes"], boxes)))
             else:
                 matched.append(torch.full((len(boxes),), -1, device=boxes.device))
-        return self.model.compute_loss(targets, predictions, anchors, matched)
+        losses = self.model.compute_loss(targets, predictions, anchors, matched)
+        return share_normalizer(losses, sum(int((match >= 0).sum()) for match in matched))
 
     def postprocess(self, predictions, anchors, image_sizes):
         joined = {name: torch.cat(levels, dim=1) for name, levels in predictions.items()}

@@ -74,18 +74,18 @@ def test_malformed_json_names_the_line(content, write):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("categories"), "no list 'categories'"),
-        (lambda c: c["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
+        (lambda c: c.pop("categories"), "lacks the required field 'categories'; a COCO file"),
+        (lambda c: c["images"][1].pop("file_name"), r"images\[1\]: lacks the required field 'file_name'"),
         (lambda c: c["images"][1].update(id=7), r"images\[1\]\.id 7 occurs twice"),
-        (lambda c: c["images"][1].update(id="x"), r"images\[1\]\.id is 'x'"),
-        (lambda c: c["categories"][0].pop("name"), "'categories' needs 'id' and 'name'"),
+        (lambda c: c["images"][1].update(id="x"), r"images\[1\]\.id: expected 'int', got 'str'"),
+        (lambda c: c["categories"][0].pop("name"), r"categories\[0\]: lacks the required field 'name'"),
         (lambda c: c["annotations"][1].update(image_id=8), r"annotations\[1\]: image_id 8 is not among"),
-        (lambda c: c["annotations"][1].update(image_id=[8]), r"annotations\[1\]: image_id \[8\] is not among"),
+        (lambda c: c["annotations"][1].update(image_id=[8]), r"annotations\[1\].image_id: expected 'int', got 'array'"),
         (lambda c: c["annotations"][1].update(category_id=1), r"annotations\[1\]: category_id 1 is not among"),
-        (lambda c: c["annotations"][1].pop("image_id"), r"annotations\[1\]: has no 'image_id'"),
-        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"annotations\[1\]: bbox is \[1, 2, 3\]"),
+        (lambda c: c["annotations"][1].pop("image_id"), r"annotations\[1\]: lacks the required field 'image_id'"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"annotations\[1\].bbox: expected 'array' of length 4"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, float("nan")]), r"annotations\[1\]: bbox is"),
-        (lambda c: c["annotations"].append("x"), r"annotations\[2\]: is 'x'"),
+        (lambda c: c["annotations"].append("x"), r"annotations\[2\]: expected 'object', got 'str'"),
     ],
 )
 def test_malformed_entries(content, write, change, message):

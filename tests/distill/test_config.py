@@ -160,6 +160,74 @@ def test_overrides_that_are_none(write, override, message):
         ("pruning={target: 0.5, epochs: [2, 5]}", "pruning.epochs is [2, 5], but train.epochs is 5, counted from 0"),
         ("pruning={target: 0.5, epochs: [1], sensitivity: a.csv}", "pruning: ranking: sensitivity and sensitivity: F"),
         ("pruning={target: 0.5, epochs: [1], limits: {a: [1, 0.5]}}", "pruning: limits: 'a' keeps at least 1 but at "),
+        (
+            "pruning={keep: [a]}",
+            "pruning: target is missing; give the share of the student that is left, or blocks, ma",
+        ),
+        (
+            "pruning={start: 1, masks: {sparsity: 0.5, epochs: [1]}}",
+            "pruning: start, end, every and epochs say when ch",
+        ),
+        (
+            "pruning={target: 0.5, epochs: [1, 2], schedule: constant}",
+            "pruning: schedule: constant takes all at once; ",
+        ),
+        (
+            "pruning={target: 0.5, epochs: [1], method: soft}",
+            "pruning: method: soft needs times to set channels to 0 b",
+        ),
+        (
+            "pruning={target: 0.5, epochs: [1, 3], method: soft, masks: {sparsity: 0.5, epochs: [2]}}",
+            "pruning: masks begin at 2, before soft pruning ends at 3, and would hold what it lets come back",
+        ),
+        (
+            "pruning={target: 0.5, epochs: [1], round_to: 6, masks: {kind: '2:4', epochs: [2]}}",
+            "pruning: round_to: 6 leaves widths that masks.kind, 2:4, does not divide; give a multiple of 4",
+        ),
+        (
+            "pruning={target: 0.5, epochs: [1], ranking: sensitivity, sensitivity: a, blocks: {count: 1, epochs: [1]}}",
+            "pruning: ranking: sensitivity goes by a scan with all blocks; leave blocks out, or rank otherwise",
+        ),
+        (
+            "pruning={masks: {kind: filters, sparsity: 0.5, epochs: [1]}}",
+            "pruning.masks: kind: found 'filters'; it is w",
+        ),
+        (
+            "pruning={masks: {kind: '4:4', epochs: [1]}}",
+            "pruning.masks: kind: found '4:4'; it is weights, kernels, or ",
+        ),
+        (
+            "pruning={masks: {kind: '2:4', sparsity: 0.5, epochs: [1]}}",
+            "pruning.masks: 2:4 says how much goes of every",
+        ),
+        (
+            "pruning={masks: {epochs: [1]}}",
+            "pruning.masks: sparsity is missing; give the share that is 0 in the end, such",
+        ),
+        (
+            "pruning={masks: {sparsity: 0.5, epochs: [5]}}",
+            "pruning.masks.epochs is [5], but train.epochs is 5, counted f",
+        ),
+        (
+            "pruning={masks: {sparsity: 0.5}}",
+            "pruning.masks: give start and end, or epochs such as [2, 5]; they say when",
+        ),
+        (
+            "pruning={blocks: {count: 1, start: 2, end: 5}}",
+            "pruning.blocks.end is 5, but train.epochs is 5, counted fro",
+        ),
+        (
+            "pruning={sparsity: {final: 0.5}}",
+            "pruning.sparsity: weights, scales and groups are all 0; give one a rate, s",
+        ),
+        (
+            "pruning={sparsity: {weights: 1, spare_shortcuts: true}}",
+            "pruning.sparsity: spare_shortcuts is about scales",
+        ),
+        (
+            "pruning={target: 0.5, epochs: [0], sparsity: {scales: 1}}",
+            "pruning: sparsity lasts until the last cut, before epoch 0; cut later, or give sparsity.end",
+        ),
         ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, counted from 0, so nothing would be left"),
     ],
 )
@@ -199,6 +267,16 @@ def test_a_file_that_does_not_exist_comes_with_a_near_one(write, tmp_path):
     write()
     with pytest.raises(UserError, match=rf"b\.yaml: no such config file; .* did you mean {tmp_path}/a\.yaml\?$"):
         load_config(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("text", ["2:4", "'2:4'", "1:32", "weights"])
+def test_kinds_of_masks_as_they_are_written(write, text):
+    config = load_config(
+        write(), [f"pruning={{masks: {{kind: {text}, epochs: [1]{', sparsity: 0.5' * (text == 'weights')}}}}}"]
+    )
+    assert config.pruning.masks.kind == text.strip("'")
+    assert config.pruning.masks.divisor == {"2:4": 4, "1:32": 32, "weights": 1}[text.strip("'")]
+    assert config.pruning.cut_epochs == [] and config.pruning.last_cut is None
 
 
 def test_a_detector_is_dense_unless_it_says_otherwise(write):

@@ -4,6 +4,7 @@ import os
 import socket
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from distill.data import Batch, ImageMeta
 from distill.errors import UserError
-from distill.evaluation import DetectionEvaluator, run_evaluation
+from distill.evaluation import BACKENDS, DetectionEvaluator, run_evaluation
 from students import Detections, Detector
 
 CLASSES = ["cat", "dog"]
@@ -46,10 +47,36 @@ def make_detections(*rows: tuple[list[float], float, int]) -> Detections:
     )
 
 
+def flat(result) -> list[float | None]:
+    numbers = asdict(result)
+    per_class, curves = numbers.pop("per_class"), numbers.pop("precision")
+    return [*numbers.values(), *per_class.values(), *(x for curve in curves.values() for x in curve or [None])]
+
+
 def evaluate(ground_truth: dict, detections: dict[int, Detections]):
-    evaluator = DetectionEvaluator(ground_truth, CLASSES)
-    evaluator.process(list(detections), list(detections.values()))
-    return evaluator.evaluate()
+    """By every backend, which must all say the same."""
+    results = []
+    for backend in BACKENDS:
+        evaluator = DetectionEvaluator(ground_truth, CLASSES, backend)
+        evaluator.process(list(detections), list(detections.values()))
+        results.append(evaluator.evaluate())
+    for result in results:
+        assert flat(result) == pytest.approx(flat(results[0]), abs=1e-12)  # one of them adds a tiny number somewhere
+    return results[0]
+
+
+def test_backends_agree_on_any_detections():
+    assert list(BACKENDS) == ["pycocotools", "faster_coco_eval"], "pip install -e '.[test]'"
+    chance = np.random.default_rng(0)
+    boxes = lambda n: (chance.random((n, 2)) * 80).repeat(2, 1)[:, [0, 2, 1, 3]] + [0, 0, 30, 30]  # noqa: E731
+    truth = [(image, int(chance.integers(1, 3)), [*box[:2], 30, 30]) for image in (1, 2) for box in boxes(12)]
+    found = {
+        image: make_detections(
+            *((box.tolist(), float(np.float32(chance.random())), int(chance.integers(2))) for box in boxes(40))
+        )
+        for image in (1, 2)
+    }
+    assert 0 < evaluate(make_ground_truth(*truth), found).ap < 1
 
 
 def test_perfect_detections():

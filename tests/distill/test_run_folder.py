@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import re
 
 import pytest
@@ -22,8 +23,9 @@ def make_run(path, checkpoint=False, finished=False):
 
 
 def contents(folder):
-    """Every file below a folder, with its text."""
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file below a folder but its lock, with its text."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 def refused(expected, make, *arguments, **keywords):
@@ -153,7 +155,8 @@ def test_overwrite_removes_what_a_run_owns_and_nothing_else(tmp_path):
     (run.path / "tensorboard" / "events").write_text("mine")
 
     RunFolder.create(run.path, {"epochs": 1}, overwrite=True)
-    assert {p.name for p in run.path.iterdir()} == {"config.yaml", "checkpoints", "notes.txt", "tensorboard"}
+    left = {p.name for p in run.path.iterdir() if p.name != ".lock"}
+    assert left == {"config.yaml", "checkpoints", "notes.txt", "tensorboard"}
     assert list(run.checkpoints.iterdir()) == []
     assert run.config == {"epochs": 1}
     assert contents(run.path / "tensorboard") == {"events": "mine"}
@@ -323,3 +326,26 @@ def test_overwriting_that_fails_midway_leaves_a_folder_that_can_be_overwritten(t
     assert run.config == CONFIG
     assert not run.is_finished
     assert RunFolder.create(run.path, {"epochs": 1}, overwrite=True).config == {"epochs": 1}
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path, on_processes):
+    run = RunFolder.create(tmp_path / "x", CONFIG, overwrite=False)
+    run.take()  # once more by the same process does not matter
+    before = contents(run.path)
+    found = f"output_dir: {run.path} is in use by another run (process {os.getpid()} on {platform.node()})"
+
+    def start_another():
+        run_folder._HELD.clear()  # what a fork believes to have, it has not
+        with pytest.raises(UserError, match=re.escape(found)):
+            RunFolder.create(run.path, {"other": 1}, overwrite=True)
+
+    (ended,) = on_processes(1, start_another)
+    assert ended.status == 0, ended.said
+    assert contents(run.path) == before
+
+
+def test_a_table_that_is_none_names_its_file(tmp_path):
+    run = RunFolder.create(tmp_path / "x", CONFIG, overwrite=False)
+    run.results_file.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=re.escape(f"{run.results_file}: is not the table")):
+        run.truncate_results(before_epoch=1)

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from losses import giou, iou, pairwise_diou, pairwise_iou
+from losses import ciou, giou, iou, pairwise_diou, pairwise_iou
 
 
 def test_pairwise_iou_of_known_boxes():
@@ -99,3 +101,39 @@ def test_pairwise_diou_of_known_boxes():
 def test_pairwise_diou_checks_shapes():
     with pytest.raises(ValueError, match=r"pairwise_diou: boxes have shape \(2, 5\)"):
         pairwise_diou(torch.zeros(3, 4), torch.zeros(2, 5))
+
+
+def test_ciou_of_known_boxes():
+    a = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1], [3, 3, 5, 4], [1, 1, 1, 1], [0, 0, 2, 2]])
+    b = torch.tensor([[1.0, 1, 3, 3], [2, 0, 3, 1], [3, 3, 5, 4], [1, 1, 1, 1], [0, 0, 2, 1]])
+    v = 4 / math.pi**2 * (math.atan(2) - math.atan(1)) ** 2
+    expected = torch.tensor(
+        [
+            1 / 7 - 2 / 18,  # centres (1, 1) apart, in a box of 3 x 3
+            0 - 4 / 10,  # 2 apart, in one of 3 x 1
+            1.0,
+            0.0,  # nothing on nothing
+            1 / 2 - 0.25 / 8 - v * v / (1 / 2 + v),  # another shape
+        ]
+    )
+    torch.testing.assert_close(ciou(a, b), expected)
+
+
+def test_ciou_has_a_gradient_everywhere():
+    boxes = torch.tensor([[0.0, 0, 0, 0], [0, 0, 1, 1], [5, 5, 6, 9]], requires_grad=True)
+    ciou(boxes, torch.tensor([[0.0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 2, 2]])).sum().backward()
+    assert boxes.grad.isfinite().all() and boxes.grad[2].abs().sum() > 0
+
+
+def test_ciou_takes_the_weight_of_the_shape_for_a_constant():
+    a = torch.tensor([[0.0, 0, 2, 2]], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([[0.5, 0.5, 1.5, 1]], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(ciou(a, b).sum(), a)
+    angle = math.atan(2) - math.atan(1)
+    v = 4 / math.pi**2 * angle**2
+    # where the right edge moves out from (2, 2): the union, 4, grows by 2, the intersection of 1/2 stays; the squared
+    # distance of the centres, 1/16, does not change to first order, the squared diagonal, 8, grows by 4; the angle of
+    # width and height grows by 2 / (2^2 + 2^2)
+    of_overlap, of_distance = -0.5 * 2 / 4**2, -1 / 16 * 4 / 8**2
+    of_shape = v / (7 / 8 + v) * 4 / math.pi**2 * 2 * angle * -1 / 4
+    assert gradient[0, 2].item() == pytest.approx(of_overlap - of_distance - of_shape, abs=1e-6)

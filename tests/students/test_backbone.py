@@ -46,6 +46,11 @@ def test_maps_have_the_announced_strides_and_channels():
     assert [tuple(x.shape[1:]) for x in maps] == [(backbone.channels[0], 16, 24), (backbone.channels[1], 4, 6)]
 
 
+def test_maps_that_timm_gives_channels_last_are_turned():
+    backbone = Backbone("mambaout_femto", (8, 16))
+    assert [tuple(x.shape) for x in backbone(torch.rand(1, 3, 32, 64))] == [(1, 96, 4, 8), (1, 192, 2, 4)]
+
+
 def test_files_that_do_not_fit(tmp_path, state):
     def refuse(message, name="a.pth"):
         with pytest.raises(ValueError, match=message) as caught:

@@ -181,6 +181,49 @@ def test_a_failure_while_the_plan_is_being_applied_changes_nothing(monkeypatch):
     assert net.linear.in_features == 3
 
 
+def test_grouped_convolutions_lose_groups_or_places():
+    narrow, wide = nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(64, 8, 1, groups=2)  # groups of 2 and of 32
+    apply_plan([(narrow, Plan((Cut(12, (0, 1, 2, 9, 10, 11), (("weight", 0), ("bias", 0))),)))])
+    assert (narrow.groups, narrow.in_channels, narrow.out_channels) == (2, 4, 6)
+    assert narrow(torch.rand(1, 4, 2, 2)).shape == (1, 6, 2, 2)
+    outputs = Cut(8, (0, 1, 2, 4, 5, 6), (("weight", 0), ("bias", 0)))
+    apply_plan([(wide, Plan((outputs, Cut(32, tuple(range(30)), (("weight", 1),)))))])
+    assert (wide.groups, wide.in_channels, wide.out_channels) == (2, 60, 6)
+    assert wide(torch.rand(1, 60, 2, 2)).shape == (1, 6, 2, 2)
+
+
+def test_transposed_convolutions():
+    conv = nn.ConvTranspose2d(4, 6, 2, 2)
+    cuts = (Cut(4, (0, 3), (("weight", 0),)), Cut(6, (1, 2, 5), (("weight", 1), ("bias", 0))))
+    apply_plan([(conv, Plan(cuts))])
+    assert (conv.in_channels, conv.out_channels) == (2, 3)
+    assert conv(torch.rand(1, 2, 2, 2)).shape == (1, 3, 4, 4)
+
+
+def test_a_group_norm_of_one_group_loses_single_channels():
+    norm = nn.GroupNorm(1, 8)
+    apply_plan([(norm, Plan((Cut(8, (0, 4, 5), (("weight", 0), ("bias", 0))),)))])
+    assert (norm.num_groups, norm.num_channels) == (1, 3)
+
+
+def test_numbers_become_less():
+    net = nn.Sequential(nn.Identity(), nn.Identity())
+    net[0].width, net[1].parts, net[1].pair = 8, [4, 12], (3, 5)
+    apply_plan([(net, Plan((), (("0.width", 3), ("1.parts.1", 2), ("1.parts.0", 1), ("1.pair.0", 1))))])
+    assert (net[0].width, net[1].parts, net[1].pair) == (5, [3, 10], (2, 5))
+    for name in ("0.height", "2.width", "1.parts.7", "0.training.1"):
+        with pytest.raises(ValueError, match=f"changes the number '{name}', which this network does not have"):
+            apply_plan([(net, Plan((), (("0.width", 1), (name, 1))))])
+    assert net[0].width == 5
+
+
+def test_numbers_in_json_and_below_a_prefix():
+    plan = Plan((Cut(2, (0,), (("a.b", 0),)),), (("a.width", 3), ("terms.width", 1)))
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert plan.below("a.") == Plan((Cut(2, (0,), (("b", 0),)),), (("width", 3),))
+    assert Plan.from_removed({("n", None): {4, 7}, ("m", None): set()}, {}) == Plan((), (("n", 2),))
+
+
 def test_json_round_trip():
     assert Plan.from_json(json.loads(json.dumps(PLAN.to_json()))) == PLAN
     assert Plan.from_json([]) == Plan(()) and not Plan(()) and PLAN

@@ -50,28 +50,33 @@ def test_l1_importance_sums_all_that_a_channel_owns():
 
 def test_counts_are_rounded_to_the_nearest_multiple():
     scores = [torch.arange(float(width)) for width in (40, 20, 12, 8, 5)]
-    floors, caps = [8] * 5, [40, 20, 12, 8, 5]
-    assert keep_counts(scores, 0.0, 8, floors, caps) == [40, 20, 12, 8, 5]  # what loses nothing is not rounded either
-    assert keep_counts(scores, 1.0, 8, floors, caps) == [
-        40,
-        16,
-        8,
-        8,
-        5,
-    ]  # 39, 19, 11, 7 and 4 reach it; never more than there are
-    assert keep_counts(scores, 11.0, 8, floors, caps) == [
-        32,
-        8,
-        8,
-        8,
-        5,
-    ]  # 29, 9, 1, 0 and 0 reach it; never less than one multiple
-    assert keep_counts(scores, 16.0, 8, floors, caps) == [24, 8, 8, 8, 5]
-    assert keep_counts(scores, float("inf"), 8, floors, caps) == [8, 8, 8, 8, 5]
-    assert keep_counts(scores, float("inf"), 8, [20, 10, 4, 1, 1], caps) == [24, 16, 8, 8, 5]  # rounded up, not below
-    assert keep_counts(scores, 11.0, 1, [1] * 5, caps) == [29, 9, 1, 1, 1]
+    steps, floors, caps = [8] * 5, [8] * 5, [40, 20, 12, 8, 5]
+    # what loses nothing is not rounded either
+    assert keep_counts(scores, 0.0, steps, floors, caps) == [40, 20, 12, 8, 5]
+    # 39, 19, 11, 7 and 4 reach it; never more than there are
+    assert keep_counts(scores, 1.0, steps, floors, caps) == [40, 16, 8, 8, 5]
+    # 29, 9, 1, 0 and 0 reach it; never less than one multiple
+    assert keep_counts(scores, 11.0, steps, floors, caps) == [32, 8, 8, 8, 5]
+    assert keep_counts(scores, 16.0, steps, floors, caps) == [24, 8, 8, 8, 5]
+    assert keep_counts(scores, float("inf"), steps, floors, caps) == [8, 8, 8, 8, 5]
+    # rounded up, not below
+    assert keep_counts(scores, float("inf"), steps, [20, 10, 4, 1, 1], caps) == [24, 16, 8, 8, 5]
+    assert keep_counts(scores, 11.0, [1] * 5, [1] * 5, caps) == [29, 9, 1, 1, 1]
     # a cap is rounded down, but not below the floor
-    assert keep_counts(scores, 0.0, 8, [8, 8, 8, 8, 5], [31, 20, 9, 3, 5]) == [24, 20, 8, 8, 5]
+    assert keep_counts(scores, 0.0, steps, [8, 8, 8, 8, 5], [31, 20, 9, 3, 5]) == [24, 20, 8, 8, 5]
+
+
+def test_steps_are_of_the_layer_where_one_channel_stands_for_several():
+    steps = [ChannelGroup("a", 12, (), size=size).step(16) for size in (1, 8, 4, 3, 32)]
+    assert steps == [16, 2, 4, 16, 1]
+    scores = [torch.arange(12.0)] * 3
+    assert keep_counts(scores, 7.0, steps[:3], [12, 3, 6], [12] * 3) == [12, 4, 8]  # 5 stay, 3 and 6 must
+
+
+def test_a_plan_takes_numbers_along():
+    group = ChannelGroup("a", 2, (Member("a", 0, (0, 1), (0, 1)),), (Member("b.width", None, (0, 1, 2), (0, 1, 1)),))
+    plan = make_plan([group], [torch.tensor([1.0, 0])], [1], {"a": torch.zeros(2)})
+    assert plan == Plan((Cut(2, (0,), (("a", 0),)),), (("b.width", 2),))
 
 
 def test_a_plan_keeps_the_best_channels():
@@ -87,8 +92,8 @@ def test_the_mildest_plan_that_meets_the_budget(build_unit, backbone, neck):
     unit = build_unit(backbone=backbone, neck=neck, channels=32)
     groups, scores, tensors = scored(unit)
     before = copy.deepcopy(unit)
-    target = 0.6 * count_macs(unit.student, SIZE)
-    plan, left = meet_budget(groups, scores, named_tensors(unit), target, after(unit), 8, [8] * len(groups))
+    target, eights = 0.6 * count_macs(unit.student, SIZE), [8] * len(groups)
+    plan, left = meet_budget(groups, scores, named_tensors(unit), target, after(unit), eights, eights)
     # so far it is only a plan
     assert all(torch.equal(x, y) for x, y in zip(unit.state_dict().values(), before.state_dict().values()))
     apply_plan([(unit, plan)])
@@ -119,7 +124,7 @@ def test_steps_go_back_to_the_most_valuable_first():
         return sum(price * (4 - gone.get(name, 0)) for name, price in prices.items())
 
     def counts(scores, budget, caps=(4, 4, 4)):
-        plan, left = meet_budget(groups, scores, tensors, budget, cost, 1, [1] * 3, caps)
+        plan, left = meet_budget(groups, scores, tensors, budget, cost, [1] * 3, [1] * 3, caps)
         kept = {name: len(cut.keep) for cut in plan.cuts for name, _ in cut.slices}
         return [kept.get(f"{name}.weight", 4) for name in ("a", "b", "c")], left
 
@@ -138,22 +143,24 @@ def test_groups_that_go_together_are_cut_one_by_one(build_unit):
     unit = build_unit(channels=32)
     groups = find_groups(unit, SIZE)
     scores = [rank_together([torch.arange(float(group.width))], [group.width])[0] for group in groups]
-    uncut = macs(unit.student)
+    uncut, eights = macs(unit.student), [8] * len(groups)
     for share in (0.9, 0.8, 0.7, 0.6, 0.5):
-        _, left = meet_budget(groups, scores, named_tensors(unit), share * uncut, after(unit), 8, [8] * len(groups))
+        _, left = meet_budget(groups, scores, named_tensors(unit), share * uncut, after(unit), eights, eights)
         assert share - 0.08 < left / uncut <= share
 
 
 def test_no_wider_than_it_was_and_whole_where_nothing_goes(build_unit):
     unit = build_unit(channels=20)  # no multiple of 8
     groups, scores, _ = scored(unit)
-    plan, left = meet_budget(groups, scores, named_tensors(unit), macs(unit.student), after(unit), 8, [8] * len(groups))
+    eights = [8] * len(groups)
+    plan, left = meet_budget(groups, scores, named_tensors(unit), macs(unit.student), after(unit), eights, eights)
     assert not plan and left == macs(unit.student)
 
 
 def test_a_budget_out_of_reach_gives_the_heaviest_plan(build_unit):
     unit = build_unit()
     groups, scores, _ = scored(unit)
-    plan, left = meet_budget(groups, scores, named_tensors(unit), 0, after(unit), 8, [8] * len(groups))
+    eights = [8] * len(groups)
+    plan, left = meet_budget(groups, scores, named_tensors(unit), 0, after(unit), eights, eights)
     assert left > 0
     assert {len(cut.keep) for cut in plan.cuts} == {8}

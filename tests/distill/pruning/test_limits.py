@@ -38,7 +38,7 @@ def test_a_width_belongs_to_the_layers_that_give_it():
     ],
 )
 def test_fewest_and_most_channels_of_an_uncut_width_of_64(settings, bounds):
-    assert Limits(**settings).of(GROUP, uncut_width=64, round_to=8) == bounds
+    assert Limits(**settings).of(GROUP, uncut_width=64, step=8) == bounds
 
 
 def test_caps_come_down_with_the_cuts():

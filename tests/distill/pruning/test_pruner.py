@@ -129,6 +129,15 @@ def test_a_target_out_of_reach_is_told(build_unit):
         pruner_for(unit, target=0.01, budget="params", floor=0.5, keep=["neck.*"])
 
 
+def test_what_stays_whole_is_told_where_a_target_is_out_of_reach(build_unit):
+    unit = build_unit(backbone="eca_resnext26ts")
+    with pytest.raises(
+        UserError,
+        match=r"of its MACs \(\d+ layers stay whole, first student.backbone.body.stages_0.0.conv2_kxk.conv: a conv",
+    ):
+        pruner_for(unit, target=0.001).check(unit)
+
+
 def test_one_process_agrees_with_itself():
     plan = Plan((Cut(2, (0,), (("a", 0),)),))
     assert agree(Accelerator(), plan) is plan

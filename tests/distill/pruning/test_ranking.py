@@ -16,7 +16,7 @@ def test_ranks_within_a_group_count_from_its_uncut_width():
 def test_one_threshold_on_ranks_leaves_the_same_share_of_every_group():
     wide, narrow = torch.arange(64.0), torch.arange(32.0) * 1000
     ranks = [*rank_together([wide], [64]), *rank_together([narrow], [32])]
-    assert keep_counts(ranks, 0.51, 8, [8, 8], [64, 32]) == [32, 16]
+    assert keep_counts(ranks, 0.51, [8, 8], [8, 8], [64, 32]) == [32, 16]
 
 
 def test_groups_of_a_set_are_ranked_against_each_other():

@@ -1,0 +1,111 @@
+"""Decides which whole residual branches a student loses before which epoch."""
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from distill.data import Batch
+from distill.distiller import Distiller
+from distill.errors import UserError
+from distill.measure import eval_mode
+from distill.pruning.residual import Block, find_blocks, without
+from distill.pruning.saliency import measure_saliency, trained_loss
+from students import Plan
+from students.plan import apply_plan
+from teachers import Teacher
+
+
+class BlockPruner:
+    """Takes residual branches out between epochs, those first that matter least.
+
+    Args:
+        image_size: height and width, pixels, to find the blocks with.
+        count: how many go in all.
+        epochs: before which they go, as equal a number each time as may be, counted from 0.
+        importance: `loss` is what the loss becomes without the block, measured anew after each that goes; `taylor` the
+            sum over its weights of (w dL/dw)^2 (Molchanov 2019, arXiv 1906.10771), measured once for all that go.
+        keep: patterns, such as `backbone.body.layer1.*`, of blocks that stay.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        count: int,
+        epochs: Sequence[int],
+        importance: str = "loss",
+        keep: Sequence[str] = (),
+    ):
+        self.image_size, self.count, self.epochs = image_size, count, sorted(set(epochs))
+        self.importance, self.keep = importance, tuple(keep)
+
+    def check(self, unit: Distiller) -> None:
+        """Looks at the student before anything is taken from it.
+
+        Raises:
+            UserError: it has fewer blocks than are to go, or a pattern matches none.
+        """
+        names = [block.name for block in find_blocks(unit.student, self.image_size)]
+        for pattern in self.keep:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, names, 1, cutoff=0.0)
+                such = f", such as {near[0]}" if near else ""
+                raise UserError(f"pruning.blocks.keep: {pattern!r} matches none of the {len(names)} blocks{such}")
+        free = [name for name in names if not self._stays(name)]
+        if self.count > len(free):
+            raise UserError(
+                f"pruning.blocks.count: {self.count} are to go, but {unit.student.title} has {len(free)} residual "
+                f"branches that can ({', '.join(free) or 'none gives its input plus something'}); lower "
+                "pruning.blocks.count or leave pruning.blocks out (pruning.blocks=null)"
+            )
+
+    def plan(self, unit: Distiller, epoch: int, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Plan:
+        """The blocks that go before an epoch; empty where it is none of `epochs`.
+
+        Every rank must be given the same batches; the unit is not touched.
+
+        Args:
+            unit: the student with its terms, as it is now.
+            epoch: counted from 0.
+            teachers: those of its terms, by name.
+            batches: of training images.
+        """
+        gone = sum(len(plan.blocks) for plan in unit.student.plans)
+        due = round(self.count * sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)) - gone
+        if epoch not in self.epochs or due <= 0:
+            return Plan(())
+        blocks = [block for block in find_blocks(unit.student, self.image_size) if not self._stays(block.name)]
+        if self.importance == "taylor":
+            saliency = measure_saliency(unit, (), batches, lambda batch: trained_loss(unit, teachers, batch))
+            sums = {name: float(value.sum()) for name, value in saliency.items()}
+            harm = {b: sum(v for name, v in sums.items() if name.startswith(f"student.{b.name}.")) for b in blocks}
+            chosen = sorted(blocks, key=harm.__getitem__)[:due]
+        else:
+            chosen = _least_missed(unit, blocks, due, teachers, list(batches))
+        plan = without(chosen)
+        return Plan((), blocks=tuple((f"student.{name}", stays) for name, stays in plan.blocks))
+
+    def _stays(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.keep)
+
+
+@torch.no_grad()
+def _least_missed(
+    unit: Distiller, blocks: list[Block], count: int, teachers: Mapping[str, Teacher], batches: list[Batch]
+) -> list[Block]:
+    """One after the other the block without which the loss is lowest, those before it gone already."""
+    lessons = [unit.ask(teachers, batch.images, batch.targets) for batch in batches]
+
+    def loss_without(gone: list[Block]) -> float:
+        trial = copy.deepcopy(unit)
+        apply_plan([(trial.student, without(gone))])
+        with eval_mode(trial):
+            return sum(float(trial(b.images, b.targets, lesson)[0]) for b, lesson in zip(batches, lessons))
+
+    chosen: list[Block] = []
+    while len(chosen) < count:
+        losses = {block: loss_without([*chosen, block]) for block in blocks if block not in chosen}
+        chosen.append(min(losses, key=losses.__getitem__))
+    return chosen
