@@ -1,6 +1,7 @@
-"""What detectors are worth, side by side: AP, parameters, MACs and latency of any number of artifact folders.
+"""What detectors are worth, side by side: AP, parameters, MACs and latency of artifact folders and exported files.
 
 python eval.py runs/bccd/student runs/bccd/teacher
+python eval.py runs/bccd/student runs/bccd/compressed/qat.onnx --config runs/bccd/config.yaml
 python eval.py runs/bccd/student --split val --per-class data.root=PATH
 """
 
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from distill.artifact import data_settings, images_for, input_size, open_folder
+from distill.artifact import data_settings, images_for, input_size, open_detector
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, run_evaluation
+from distill.exported import ExportedDetector
 from distill.measure import measure_latency
 from distill.report import Report, human_ap
 from distill.run_folder import to_json, write_file
@@ -24,7 +26,7 @@ from students import Detector
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="artifact folders, the teacher last; and key=value"
+        "folders", nargs="+", metavar="FOLDER", help="artifact folders, .onnx, .pt2, the teacher last; and key=value"
     )
     parser.add_argument("--config", help="whose data section to use; the config.yaml beside the first folder otherwise")
     parser.add_argument("--split", help="data.test otherwise, or data.val where there is no test split")
@@ -38,7 +40,7 @@ def main() -> int:
             raise UserError("name a folder to evaluate, such as runs/bccd/student")
         if args.json and not Path(args.json).parent.is_dir():
             raise UserError(f"--json: there is no folder {Path(args.json).parent}; make it first")
-        detectors = {folder: open_folder(folder) for folder in folders}
+        detectors = {folder: open_detector(folder) for folder in folders}
         entries = evaluate(detectors, data_settings(folders[0], args.config, overrides), args.split, args.per_class)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -48,7 +50,9 @@ def main() -> int:
     return 0
 
 
-def evaluate(detectors: dict[Path, Detector], config: Config, split: str | None, per_class: bool) -> dict[str, dict]:
+def evaluate(
+    detectors: dict[Path, Detector | ExportedDetector], config: Config, split: str | None, per_class: bool
+) -> dict[str, dict]:
     """Prints the table and returns its numbers, by folder."""
     report = Report()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -41,6 +41,7 @@ from distill.report import Report, counted, human_ap
 from distill.run_folder import to_json, write_file
 from distill.schema import Config
 from students import Detector, save
+from students.artifact import RECIPE
 
 METHODS = ("weights", "dynamic", "static", "qat", "shared")
 DEFAULTS = ("dynamic", "static", "qat")
@@ -92,6 +93,9 @@ def compress(args: argparse.Namespace) -> None:
     files = {method: output / f"{method}.onnx" for method in (FLOAT, *methods) if method != "shared"}
     for file in files.values():
         check_free(file, "onnx")
+    folder = output / "shared"
+    if "shared" in methods and folder.exists() and not (folder / RECIPE).is_file():
+        raise UserError(f"--output: {folder} is no detector's folder, and would be replaced; choose another one")
     image_size = input_size(detector, config)
     work = Compression(args, detector, config, image_size, report)
     info = {
@@ -109,12 +113,12 @@ def compress(args: argparse.Namespace) -> None:
         write(deployed[method], file, "onnx", info | {"quantization": method})
         if method == "dynamic":
             round_inputs(file)
-    shared = work.shared(output / "shared") if "shared" in methods else None
+    shared = work.shared(folder) if "shared" in methods else None
 
     split = images_for(detector, config, image_size)
     entries = measure(files, split, args.threads)
     if shared is not None:
-        entries["shared"] = worth(shared, split) | {"size": folder_size(output / "shared"), "latency_ms": None}
+        entries["shared"] = worth(shared, split) | {"size": folder_size(folder), "latency_ms": None}
     settings = {key: getattr(args, key) for key in SETTINGS}
     results = {"folder": str(args.folder), **settings, "split": split.index.split, "results": entries}
     write_file(output / TABLE, to_json(results))
@@ -148,12 +152,12 @@ class Compression:
         return self.detector
 
     def weights(self) -> Detector:
-        return to_integers(self.quantize(copy.deepcopy(self.detector), calibrated=False), activations=False)
+        return to_integers(self.quantize(copy.deepcopy(self.detector).deployed(), calibrated=False), activations=False)
 
     dynamic = weights  # until its file is written
 
     def static(self) -> Detector:
-        return to_integers(self.quantize(copy.deepcopy(self.detector)))
+        return to_integers(self.quantize(copy.deepcopy(self.detector).deployed()))
 
     def qat(self) -> Detector:
         return to_integers(self.train("qat", self.quantize))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from distill.errors import UserError
-from students import Detections, Detector
+from students import FAMILIES, Detections, Detector
 from students.detector import DenseOutput
 from students.nms import select, select_padded
 
@@ -45,10 +45,10 @@ class DeployedDetector(nn.Module):
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
         if type(detector).candidates is Detector.candidates:
+            possible = [name for name, family in FAMILIES.items() if family.candidates is not Detector.candidates]
             raise UserError(
                 f"{detector.title}: a two-stage detector looks at as many boxes as it finds, which a graph of fixed "
-                "shapes cannot hold; one-stage ones can be exported, as onnx and pt2: dense, fcos, retinanet, ssd300, "
-                "ssdlite320, yolov4, yolov5, yolov7, yolov7_tiny"
+                f"shapes cannot hold; as onnx or pt2 there can be {', '.join(possible)}"
             )
         self.detector = detector.deployed()
         self.outputs = outputs

@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import torch
@@ -150,7 +151,7 @@ def measure_cuts(detector: Detector, image_size: tuple[int, int], repeats: int =
         students.apply_plan([(stages[-1], plan)])
     images = images.float()
     with torch.inference_mode():
-        passes = [lambda stage=stage: run_whole(stage, images) for stage in stages]
+        passes = [partial(run_whole, stage.deployed(), images) for stage in stages]
         times = time_in_turns(passes, 5, repeats, images.device)
     return [
         {"macs": count_macs(stage, image_size), "params": count_parameters(stage), "latency_ms": median(taken)}

@@ -175,9 +175,12 @@ def _title_and_size(detector: Detector, image_size: tuple[int, int]) -> str:
     return "; ".join([f"{detector.title}: {size(detector, image_size)}", *detector.notes])
 
 
-def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int, int]) -> dict[str, Any]:
-    """A detector's entry in `summary.json`, still without latency; it costs what it does as it is deployed."""
-    deployed = detector.deployed()
+def describe(result: EvaluationResult, detector: torch.nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
+    """A detector's entry in `summary.json`, still without latency; it costs what it does as it is deployed.
+
+    Of an exported file parameters and MACs are not known.
+    """
+    deployed = detector.deployed() if isinstance(detector, Detector) else None
     return {
         "ap": result.ap,
         "ap50": result.ap50,
@@ -187,9 +190,9 @@ def describe(result: EvaluationResult, detector: Detector, image_size: tuple[int
         "ap_large": result.ap_large,
         "per_class": result.per_class,
         "precision": result.precision,
-        "params": count_parameters(deployed),
-        "nonzero": count_nonzero(deployed),
-        "macs": count_macs(deployed, image_size),
+        "params": count_parameters(deployed) if deployed else None,
+        "nonzero": count_nonzero(deployed) if deployed else None,
+        "macs": count_macs(deployed, image_size) if deployed else None,
     }
 
 
@@ -219,7 +222,8 @@ def comparison(
     """
     teacher = entries.get(reference)
     entries = {title: entry for title, entry in entries.items() if entry is not None}
-    masked = any(entry.get("nonzero", entry["params"]) < entry["params"] for entry in entries.values())
+    known = [entry for entry in entries.values() if entry and entry["params"] is not None]
+    masked = any(entry.get("nonzero", entry["params"]) < entry["params"] for entry in known)
     rows = []
     for title, entry in entries.items():
         scores = [human_ap(entry[key]) for key in ("ap", "ap50", "ap75")]

@@ -121,6 +121,9 @@ def to_integers(quantized: QuantizedDetector, activations: bool = True) -> Captu
     ops = torch.ops.quantized_decomposed
     result = copy.deepcopy(quantized).cpu().eval()
     graph, moving = result.graph, _depend_on_images(result.graph)
+    for node in graph.nodes:  # the tracer wrote down where constants were made
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
     kept: dict[tuple[str, bytes], str] = {}
 
     def hold(name: str, value: Tensor) -> fx.Node:

@@ -63,7 +63,7 @@ def test_onnx_runs_the_same_graph(run, student):
 @pytest.mark.slow
 def test_compiled_runs_beside_the_others(run, student):
     status, out, err = run(student, "--runtime", "eager", "compiled", "--threads", 1, "--repeats", 2)
-    assert status == 0 and err == "", err
+    assert status == 0, err  # a compiler may have its say there
     rows = [line.split() for line in out.splitlines() if line.startswith(str(student))]
     assert [row[1] for row in rows] == ["eager", "compiled"] and all(float(row[4]) > 0 for row in rows)
 
