@@ -3,16 +3,16 @@
     python benchmarks/scaling.py configs/quickstart.yaml "configs/quickstart.yaml data.batch_size=16"
 
 For each config with its overrides: the estimate, then steps of training as train.py makes them, each in a process of
-its own. Memory is the peak of what is resident beyond what was before anything was built, or that of the GPU's
-allocator; time is that of the fastest step, as what else the machine does only adds to it. Prints a table and writes
---output/scaling.json.
+its own. Memory is the peak of torch's allocator; time is that of the fastest step, as what else the machine does only
+adds to it. Prints a table and writes --output/scaling.json.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,7 +26,7 @@ from distill import build
 from distill.config import load_config
 from distill.distiller import Distiller
 from distill.ema import EMA
-from distill.footprint import blank, estimate, human_bytes, human_seconds
+from distill.footprint import blank, estimate, fastest, human_bytes, human_seconds
 from distill.optimization import build_optimizer
 from distill.schema import Config
 from teachers import Teacher
@@ -39,40 +39,47 @@ def build_all(config: Config, class_names: list[str], device: torch.device) -> t
     return unit, {name: Teacher(one, device, config.all_teachers[name].precision) for name, one in detectors.items()}
 
 
-def resident(field: str) -> int:
-    """Bytes: `VmRSS` at present, `VmHWM` at its peak since it was last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
 def measure(config: Config, class_names: list[str], steps: int) -> dict[str, float]:
     """Bytes and seconds of a step."""
     device, settings = Accelerator().device, config.train.optimizer
-    on_gpu = device.type == "cuda"
-    before = 0 if on_gpu else resident("VmRSS")
-    unit, teachers = build_all(config, class_names, device)
-    unit.to(device, memory_format=torch.channels_last).train()
-    unit.bind({name: teacher.detector for name, teacher in teachers.items()})
-    optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
-    ema = EMA(unit.student, settings.ema) if settings.ema else None
-    images, targets = blank(config.data.batch_size, config.data.image_size, device)
-    seconds = []
-    for step in range(steps):
-        if step == 1 and not on_gpu:  # what the first step needed once is not what a step needs
-            Path("/proc/self/clear_refs").write_text("5")
-        began = time.perf_counter()
-        unit.combiner.step = 11 + step
-        loss, _ = unit(images, targets, unit.ask(teachers, images, targets))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema:
-            ema.update(unit.student)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before
-    return {"memory": peak, "seconds": min(seconds[1:])}
+
+    def build_step() -> Callable[[int], None]:
+        unit, teachers = build_all(config, class_names, device)
+        unit.to(device, memory_format=torch.channels_last).train()
+        unit.bind({name: teacher.detector for name, teacher in teachers.items()})
+        optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
+        ema = EMA(unit.student, settings.ema) if settings.ema else None
+        images, targets = blank(config.data.batch_size, config.data.image_size, device)
+
+        def step(number: int) -> None:
+            unit.combiner.step = unit.combiner.EAGER + 1 + number
+            loss, _ = unit(images, targets, unit.ask(teachers, images, targets))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema:
+                ema.update(unit.student)
+
+        return step
+
+    if device.type == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step = build_step()
+            for number in range(2):
+                step(number)
+        memory = peak(profiler)
+    else:
+        step = build_step()
+        for number in range(2):
+            step(number)
+        memory = torch.cuda.max_memory_allocated()
+    return {"memory": memory, "seconds": fastest(lambda: step(0), device, steps)}
+
+
+def peak(profiler: torch.profiler.profile) -> int:
+    """The most bytes that torch had at a time, since the profiler was started; there is no counter of it on a CPU."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def main() -> None:
