@@ -159,42 +159,42 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
             on_main(accelerator, lambda: RunFolder.create(folder.path, settings, overwrite=config.overwrite, keep=kept))
     elif not dry_run:
         on_main(accelerator, folder.take)
-    report = Report(None if dry_run else folder.log_file, enabled=accelerator.is_main_process)
-    report.banner(f"distill · {folder.path}", banner_rows(config, data, unit, detectors, pruner, accelerator, role))
-    for index in data.indices:
-        for note in index.notes.summary():
-            report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
-    if dry_run:
-        half = accelerator.mixed_precision != "no"
-        teachers = make_teachers(config, detectors, accelerator)
-        step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
-        report.banner(f"a step of {config.data.batch_size} images", step.rows())
-        report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
-        return
+    with in_plain_words(config, data.train.loader):
+        report = Report(None if dry_run else folder.log_file, enabled=accelerator.is_main_process)
+        report.banner(f"distill · {folder.path}", banner_rows(config, data, unit, detectors, pruner, accelerator, role))
+        for index in data.indices:
+            for note in index.notes.summary():
+                report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
+        if dry_run:
+            half = accelerator.mixed_precision != "no"
+            teachers = make_teachers(config, detectors, accelerator)
+            step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
+            report.banner(f"a step of {config.data.batch_size} images", step.rows())
+            report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
+            return
 
-    for name in untrained:
-        detectors[name] = train_teacher(config, name, folder, report, accelerator)
-    teachers = make_teachers(config, detectors, accelerator)
-    start_tracking(accelerator, config)
-    interruption = Interruption(accelerator, config.train.save_minutes)
-    with interruption, in_plain_words(config, data.train.loader):
-        run = Run(
-            config,
-            data,
-            unit,
-            teachers,
-            pruner,
-            blocks,
-            sparsity,
-            masks,
-            folder,
-            report,
-            accelerator,
-            interruption,
-            role,
-        )
-        fit(run)
-    stop_tracking(accelerator, config)
+        for name in untrained:
+            detectors[name] = train_teacher(config, name, folder, report, accelerator)
+        teachers = make_teachers(config, detectors, accelerator)
+        start_tracking(accelerator, config)
+        with Interruption(accelerator, config.train.save_minutes) as interruption:
+            run = Run(
+                config,
+                data,
+                unit,
+                teachers,
+                pruner,
+                blocks,
+                sparsity,
+                masks,
+                folder,
+                report,
+                accelerator,
+                interruption,
+                role,
+            )
+            fit(run)
+        stop_tracking(accelerator, config)
 
 
 def make_teachers(config: Config, detectors: dict[str, Detector], accelerator: Accelerator) -> dict[str, Teacher]:

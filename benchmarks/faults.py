@@ -472,15 +472,15 @@ def other_number(bench: Bench, run: Path) -> Outcome:
     return Outcome(said, "steps since the last whole epoch", ended[0].status == 0 and ended[0].plain and bool(said))
 
 
-@fault("within the first epoch, on another number of processes")
-def other_number_at_once(bench: Bench, run: Path) -> Outcome:
-    def wait(pids: list[int]) -> None:
-        while not list((run / "checkpoints").glob("epoch_0000_step*.pt")):
-            time.sleep(0.005)
-        kill(pids)
-
-    bench.run("two processes", run, break_it=wait)
+@fault("likewise, with a checkpoint within an epoch alone")
+def other_number_within(bench: Bench, run: Path) -> Outcome:
+    for path in break_off(bench, run, "two processes"):
+        if "step" not in path.stem:
+            path.rename(path.with_suffix(".away"))
+    kept = list((run / "checkpoints").glob("epoch_*.pt"))
     ended = bench.launch(["--resume", str(run)], 1)
+    if not kept:  # it was killed before there was one
+        return Outcome(ended[0].line, NOTHING, told(ended, "no checkpoint"))
     return Outcome(ended[0].line, NOTHING, told(ended, "on 2 processes") and goes_on(bench, run, "two processes"))
 
 

@@ -36,9 +36,11 @@ def in_plain_words(config: Config, loader: DataLoader) -> Iterator[None]:
     except (EOFError, ConnectionError) as error:  # on the way from a loader's process to this one
         raise _loader_died(config, loader) from error
     except OSError as error:
-        if error.errno not in OF_THE_DISK or not error.filename:
+        if error.errno not in OF_THE_DISK:
             raise
-        raise UserError(f"{error.filename}: {error.strerror}; mend that, and {resume}") from error
+        # one that was open already is not named; the log is such a file
+        where = error.filename or f"output_dir: {config.output_dir}"
+        raise UserError(f"{where}: {error.strerror}; mend that, and {resume}") from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise _loader_died(config, loader) from error
