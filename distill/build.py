@@ -192,6 +192,11 @@ def load_teacher(config: TeacherConfig, class_names: list[str], key: str) -> Det
 def build_unit(config: Config, class_names: list[str], teachers: dict[str, Detector]) -> Distiller:
     """The student and its knowledge terms, untrained."""
     student = build_detector(config.student, class_names, config.data.image_size, "student")
+    if config.widths_of:
+        try:
+            students.narrow(student, config.widths_of)
+        except ValueError as error:
+            raise UserError(f"widths_of: {error}") from None
     if config.inherit:
         try:
             # once more when the teacher is trained; here to see that it fits

@@ -429,6 +429,7 @@ class Config(Section):
     teacher: TeacherConfig | None = None
     teachers: dict[str, TeacherConfig] = {}  # several in place of one, by name; each loss says whose it is
     inherit: list[str] = []  # parts that the student starts with from the (first) teacher, such as [neck, head]
+    widths_of: str | None = None  # a detector folder: the student starts as narrow as that one
     losses: dict[str, LossConfig] = {}
     balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
     guards: GuardConfig = GuardConfig()
@@ -473,6 +474,8 @@ class Config(Section):
             )
         if self.data.train is None:
             self._check_all_unlabelled()
+        if self.pruning and self.widths_of:
+            raise ValueError("widths_of starts with a student that is cut already; leave it or pruning out")
         if self.pruning and self.pruning.cut_epochs[-1] >= self.train.epochs:
             key = "epochs" if self.pruning.epochs else "end"
             raise ValueError(
