@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -38,8 +39,9 @@ from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
 from distill.pruning.cost import BUDGETS
+from distill.pruning.folding import measure_offsets
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
-from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
+from distill.pruning.recalibrate import batches_needed, calibration_batches, recalibrate_batch_norms, share_statistics
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import TEACHER, Config
@@ -114,6 +116,12 @@ class Run:
     accelerator: Accelerator
     interruption: Interruption
     role: str  # of the detector that is trained: student or teacher
+
+    def calibration_images(self) -> Iterator[Tensor]:
+        """As many of them as statistics of channels take."""
+        data = self.config.data
+        for batch in self.calibration_batches(batches_needed(data.batch_size, data.image_size)):
+            yield batch.images
 
     def calibration_batches(self, number: int = 8) -> Iterator[Batch]:
         """Training images, the same ones on every call and rank."""
@@ -228,11 +236,12 @@ def fit(run: Run) -> None:
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
             uncut = size(student, image_size)
+            offsets = broadcast(measure_offsets(kept, plan.below("student."), run.calibration_images()))
             del trained  # a distributed wrapper would hold on to the old shapes
             release(accelerator, unit)
-            cut_everywhere(plan, unit, ema, optimizer)
-            for detector in dict.fromkeys((student, kept)):
-                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
+            cut_everywhere(plan, unit, ema, optimizer, offsets)
+            recalibrate_batch_norms(kept, run.calibration_images())
+            share_statistics(kept, student)
             trained = accelerator.prepare_model(unit)
             progress.record_cut(plan)
             within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.distiller import Distiller
-from distill.measure import count_macs, count_uses, measure_latency
+from distill.measure import count_macs, count_uses, measure_latency, on_meta
 from distill.pruning.graph import ChannelGroup
 from students.plan import Plan, apply_plan
 
@@ -42,12 +42,13 @@ class Cost:
         self._uses: dict[str, int] = {}
         self._fixed = 0
         if currency in ("macs", "memory"):
-            self._uses = {f"student.{name}": n for name, n in count_uses(unit.student, image_size).items()}
+            skeleton = on_meta(unit.student)
+            self._uses = {f"student.{name}": n for name, n in count_uses(skeleton, image_size).items()}
             layers = {name: unit.get_submodule(name.removesuffix(".weight")) for name in self._uses}
             self._transposed = {n for n, x in layers.items() if isinstance(x, nn.modules.conv._ConvTransposeNd)}
         if currency == "macs":
             # products of activations with each other, as in attention; of these no less is counted after a cut
-            self._fixed = count_macs(unit.student, image_size) - self._sum(self._shapes)
+            self._fixed = count_macs(skeleton, image_size) - self._sum(self._shapes)
 
     def now(self) -> float:
         """What the student costs uncut."""

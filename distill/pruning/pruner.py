@@ -14,7 +14,8 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.pruning.budget import meet_budget
 from distill.pruning.cost import BUDGETS, Cost
-from distill.pruning.graph import ChannelGroup, find_groups, trace_channels
+from distill.pruning.folding import add_offsets
+from distill.pruning.graph import ChannelGraph, ChannelGroup, trace_channels
 from distill.pruning.importance import IMPORTANCES, Evidence
 from distill.pruning.limits import Limits, layers_of
 from distill.pruning.ranking import Curve, rank_by_harm, rank_by_structure, rank_together, score_greedily
@@ -79,6 +80,7 @@ class Pruner:
         self.limits, self.round_to = Limits(floor, keep, limits), round_to
         self.uncut = 0.0
         self.uncut_widths: dict[str, int] = {}
+        self._traced: tuple[list[tuple[str, torch.Size]], ChannelGraph] | None = None
 
     def check(self, unit: Distiller) -> None:
         """Looks at the uncut student, before anything else; later cuts are shares of what is found here.
@@ -88,8 +90,8 @@ class Pruner:
                 matches nothing, a curve is missing, or no plan can reach the target.
         """
         try:
-            graph = trace_channels(unit, self.image_size)
-            groups, cost = graph.groups, self._cost(unit)
+            graph, cost = self.trace(unit), self._cost(unit)
+            groups = graph.groups
             self.uncut, self.uncut_widths = cost.now(), {group.name: group.width for group in groups}
             least = self._least(unit, groups, cost) / self.uncut
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
@@ -127,7 +129,7 @@ class Pruner:
             teachers: those of its terms, by name.
             batches: of training images; none is drawn where nothing needs to be measured.
         """
-        return self._measure(unit, find_groups(unit, self.image_size), teachers, batches)
+        return self._measure(unit, self.trace(unit).groups, teachers, batches)
 
     def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None) -> Plan:
         """The cut that is due before an epoch; empty if the student is small enough already. After `check`.
@@ -138,11 +140,11 @@ class Pruner:
             evidence: of `measure`, of the unit as it is now.
         """
         assert self.uncut, "check first: cuts are shares of what is found then"
-        groups, tensors = find_groups(unit, self.image_size), named_tensors(unit)
+        groups, tensors, cost = self.trace(unit).groups, named_tensors(unit), self._cost(unit)
         scores, widths = self._scores(unit, groups, evidence), [self.uncut_widths[group.name] for group in groups]
         if self.per != "none":
             # adapters are not deployed, so what they compute costs nothing; what costs nothing must not go for free
-            costs = Cost(unit, self.per, self.image_size)
+            costs = cost if self.per == self.budget else Cost(unit, self.per, self.image_size)
             scores = [score / costs.by_channel(group).clamp(min=1) for score, group in zip(scores, groups)]
         match self.ranking:
             case "uniform":
@@ -152,7 +154,14 @@ class Pruner:
             case "sensitivity":
                 curves = [self.curves[layers_of(group)[0]] for group in groups]
                 scores = [rank_by_harm(*of_group) for of_group in zip(scores, widths, curves)]
-        return self._meet(unit, groups, scores, self.due(epoch) * self.uncut, self._cost(unit), self._done(epoch))[0]
+        return self._meet(unit, groups, scores, self.due(epoch) * self.uncut, cost, self._done(epoch))[0]
+
+    def trace(self, unit: Distiller) -> ChannelGraph:
+        """What of a unit may be narrowed; traced anew only when its shapes have changed since the last time."""
+        shapes = [(name, tensor.shape) for name, tensor in named_tensors(unit).items()]
+        if self._traced is None or self._traced[0] != shapes:
+            self._traced = (shapes, trace_channels(unit, self.image_size))
+        return self._traced[1]
 
     def due(self, epoch: int) -> float:
         """Share of the uncut cost that may be left from an epoch on."""
@@ -226,13 +235,26 @@ def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:
     return Plan.from_json(broadcast_object_list(shared)[0])
 
 
-def cut_everywhere(plan: Plan, unit: Distiller, ema: EMA | None, optimizer: Optimizer) -> None:
+def cut_everywhere(
+    plan: Plan, unit: Distiller, ema: EMA | None, optimizer: Optimizer, offsets: Mapping[str, Tensor] | None = None
+) -> None:
     """Applies a plan to student, adapters, averaged copy and optimizer state, or to none of them.
 
     The plan enters the history of the student and of its averaged copy.
+
+    Args:
+        plan: of the unit.
+        unit: the student with its adapters, bare of any wrapper.
+        ema: its averaged copy.
+        optimizer: of the unit's parameters.
+        offsets: what takes the place of the removed channels in both, see `distill.pruning.folding`.
+
+    Raises:
+        ValueError, RuntimeError: see `students.apply_plan`; nothing has changed then.
     """
     of_student = plan.below("student.")
     targets = [(unit, plan)] + ([(ema.module, of_student)] if ema else [])
     apply_plan(targets, [optimizer])
     for detector in (unit.student, ema.module) if ema else (unit.student,):
+        add_offsets(detector, of_student, offsets or {})
         detector.plans.append(of_student)
