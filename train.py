@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader
 import students
 from distill import build
 from distill.catalog import print_catalog
-from distill.checkpoint import EpochProgress, Progress, find_checkpoints, load_checkpoint, save_checkpoint
+from distill.checkpoint import (
+    BEFORE_CUT,
+    EpochProgress,
+    Progress,
+    find_checkpoints,
+    go_back,
+    load_checkpoint,
+    save_checkpoint,
+)
 from distill.config import check_config, load_config, override
 from distill.data import Batch, set_epoch, start_after
 from distill.distiller import Distiller
@@ -40,9 +48,10 @@ from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
 from distill.pruning.cost import BUDGETS
 from distill.pruning.folding import measure_offsets
+from distill.pruning.guard import CutGuard
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import batches_needed, calibration_batches, recalibrate_batch_norms, share_statistics
-from distill.report import Report, StepProgress, counted, human_count
+from distill.report import Report, StepProgress, counted, human_ap, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import TEACHER, Config
 from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
@@ -51,6 +60,7 @@ from distill.trouble import in_plain_words
 from students import Detector, Plan
 from teachers import Teacher, inherit
 
+WITHIN = 1.02  # of a target, that a measured cost may be
 CHECK_EVERY = 10  # steps between two looks at the losses
 
 
@@ -111,6 +121,7 @@ class Run:
     unit: Distiller  # the student with its knowledge terms
     teachers: dict[str, Teacher]  # by name; none in plain training
     pruner: Pruner | None
+    guard: CutGuard | None  # of the cuts
     folder: RunFolder
     report: Report
     accelerator: Accelerator
@@ -166,7 +177,22 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     start_tracking(accelerator, config)
     interruption = Interruption(accelerator, config.train.save_minutes)
     with interruption, in_plain_words(config, data.train.loader):
-        fit(Run(config, data, unit, teachers, pruner, folder, report, accelerator, interruption, role))
+        run = Run(
+            config,
+            data,
+            unit,
+            teachers,
+            pruner,
+            build.build_guard(config),
+            folder,
+            report,
+            accelerator,
+            interruption,
+            role,
+        )
+        while not fit(run):  # the guard took a cut back
+            accelerator.free_memory()
+            run.unit = build.build_unit(config, data.class_names, detectors)
     stop_tracking(accelerator, config)
 
 
@@ -190,8 +216,12 @@ def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, 
     return build.at_own_size(teacher, config.all_teachers[name], config.data)
 
 
-def fit(run: Run) -> None:
-    """Trains the unit, from its last checkpoint if there is one, and writes what it was worth."""
+def fit(run: Run) -> bool:
+    """Trains the unit, from its last checkpoint if there is one, and writes what it was worth.
+
+    Returns:
+        False where the guard took a cut back: to go on, a new unit is to be trained from its last checkpoint.
+    """
     config, unit, teachers, accelerator, report = run.config, run.unit, run.teachers, run.accelerator, run.report
     settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
@@ -211,6 +241,7 @@ def fit(run: Run) -> None:
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
+        keep_pruning(run, progress)
 
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
@@ -229,12 +260,14 @@ def fit(run: Run) -> None:
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
 
-        plan = None
-        if starts and run.pruner and epoch in run.pruner.epochs:
-            plan = plan_cut(run, epoch)
+        plan, groups = None, []
+        if starts and run.pruner and is_due(run, progress):
+            plan, groups = plan_cut(run, progress)
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+            if run.guard:
+                save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator, BEFORE_CUT)
             uncut = size(student, image_size)
             offsets = broadcast(measure_offsets(kept, plan.below("student."), run.calibration_images()))
             del trained  # a distributed wrapper would hold on to the old shapes
@@ -243,10 +276,11 @@ def fit(run: Run) -> None:
             recalibrate_batch_norms(kept, run.calibration_images())
             share_statistics(kept, student)
             trained = accelerator.prepare_model(unit)
-            progress.record_cut(plan)
+            progress.record_cut(plan, run.pruner.left(unit), groups)
+            keep_pruning(run, progress)
             within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
             at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
-            left = f"{run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
+            left = f"{progress.left:.1%} of the {BUDGETS[run.pruner.budget]} left"
             left += f", {run.pruner.due(epoch):.1%} were due"
             report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}; {left}{at_once}")
 
@@ -284,6 +318,16 @@ def fit(run: Run) -> None:
             reported.update(found)
         result = evaluate_val(kept)
 
+        if run.guard and run.guard.judges(epoch + 1, progress.cut_epoch):
+            objection = run.guard.objection(result.ap, losses["task"])
+            if objection:
+                take_back(run, progress, objection)
+                return False
+            report.say(f"the cut before epoch {progress.cut_epoch + 1} stays: AP {human_ap(result.ap)}")
+        within_budget = run.pruner and (progress.left or 1.0) <= WITHIN * run.pruner.target
+        if run.guard and within_budget and (result.ap or 0.0) > (progress.best or {"ap": -1.0})["ap"]:
+            progress.best = {"epoch": epoch + 1, "ap": result.ap or 0.0}
+            on_main(accelerator, lambda: students.save(kept, run.folder.best))
         progress.epoch, progress.within = epoch + 1, None
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
@@ -303,15 +347,69 @@ def fit(run: Run) -> None:
         log_results(accelerator, results)
         album.update(kept)
 
-    finish(run, kept, evaluate_test, progress.before)
+    kept = best_within_budget(run, progress, kept)
+    finish(run, kept, evaluate_test, progress.before if kept.plans else None)
     album.update(kept, last=True)
+    return True
 
 
-def plan_cut(run: Run, epoch: int) -> Plan:
-    """The cut that is due before an epoch, the same on every rank."""
+def is_due(run: Run, progress: Progress) -> bool:
+    """Whether something is to be cut before the next epoch."""
+    epoch = progress.epoch
+    if run.guard and run.guard.step(epoch, progress.retreats) == 0:
+        run.report.say(f"nothing is cut before epoch {epoch + 1}: smaller and smaller cuts failed there")
+        return False
+    if epoch in run.pruner.epochs:
+        return True
+    again = run.guard and run.guard.tries_again(epoch, progress.cut_epoch, progress.retreats)
+    return bool(again) and progress.left > run.pruner.due(epoch)
+
+
+def plan_cut(run: Run, progress: Progress) -> tuple[Plan, list[dict[str, Any]]]:
+    """The cut that is due before the next epoch, the same on every rank; and, on the main one, what it takes."""
     evidence = run.pruner.measure(run.unit, run.teachers, run.calibration_batches(16))
-    is_main = run.accelerator.is_main_process
-    return agree(run.accelerator, run.pruner.plan(run.unit, epoch, evidence) if is_main else None)
+    plan, groups = None, []
+    if run.accelerator.is_main_process:
+        step = run.guard.step(progress.epoch, progress.retreats) if run.guard else 1.0
+        plan = run.pruner.plan(run.unit, progress.epoch, evidence, step)
+        groups = run.pruner.explain(run.unit, plan, evidence)
+    return agree(run.accelerator, plan), groups
+
+
+def take_back(run: Run, progress: Progress, objection: str) -> None:
+    """Makes the last checkpoint the one before the last cut, and says so."""
+    cut, epoch = progress.cut_epoch, progress.epoch
+    retreat = {"epoch": cut, "until": epoch + 1, "left": progress.left, "objection": objection}
+    go_back(run.folder.checkpoints, retreat, run.accelerator)
+    then = run.guard.step(cut, [*progress.retreats, retreat])
+    goes_on = f"{then:g} of what was due goes there now" if then else "nothing is cut there now"
+    run.report.warn(
+        f"guard: after epoch {epoch + 1}, {objection}; back to before the cut at epoch {cut + 1}, {goes_on}"
+    )
+
+
+def best_within_budget(run: Run, progress: Progress, kept: Detector) -> Detector:
+    """The student to save: with a guard the best one within the budget, without one the last."""
+    if not run.guard:
+        return kept
+    if progress.best is None:
+        run.report.warn(
+            f"no student came within the budget, {run.pruner.target:.1%} of the {BUDGETS[run.pruner.budget]}, and over "
+            f"the guard's floor; the last one is saved, with {progress.left or 1.0:.1%}"
+        )
+        return kept
+    run.report.say(f"the best student within the budget is saved, that of epoch {progress.best['epoch']}")
+    return students.load(run.folder.best).to(run.accelerator.device, memory_format=torch.channels_last)
+
+
+def keep_pruning(run: Run, progress: Progress) -> None:
+    """Writes down what was cut so far, and what cannot be."""
+    if run.pruner is None or not run.accelerator.is_main_process:
+        return
+    groups = [{"layers": layers, "width": width} for layers, width in run.pruner.uncut_groups]
+    cuts = {"cuts": progress.cuts, "retreats": progress.retreats}
+    budget = {"budget": run.pruner.budget, "target": run.pruner.target}
+    run.folder.write_pruning({**budget, "groups": groups, **cuts, "whole": run.pruner.whole})
 
 
 def look_at_losses(run: Run) -> None:

@@ -22,6 +22,7 @@ from distill.data.synthetic import draw_scenes
 from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
+from distill.pruning.guard import CutGuard
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
 from distill.schema import Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig
@@ -241,12 +242,19 @@ def build_pruner(config: Config, unit: Distiller, device: torch.device | None = 
     """
     if config.pruning is None:
         return None
-    elsewhere = {"start", "end", "every", "epochs", "sensitivity", "warmup_steps", "evaluate"}
+    elsewhere = {"start", "end", "every", "epochs", "sensitivity", "warmup_steps", "evaluate", "guard"}
     curves = read_curves(config.pruning.sensitivity) if config.pruning.sensitivity else None
     settings = config.pruning.model_dump(exclude=elsewhere)
     pruner = Pruner(config.data.image_size, epochs=config.pruning.cut_epochs, curves=curves, device=device, **settings)
     pruner.check(unit)
     return pruner
+
+
+def build_guard(config: Config) -> CutGuard | None:
+    """What judges cuts; None where every cut stays."""
+    if config.pruning is None or config.pruning.guard is None:
+        return None
+    return CutGuard(config.pruning.cut_epochs, config.train.epochs, **config.pruning.guard.model_dump())
 
 
 def _some(names: list[str], count: int = 5) -> str:

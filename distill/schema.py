@@ -314,11 +314,28 @@ LossConfig = Annotated[
 ]
 
 
+class CutGuardConfig(Section):
+    """What a student must be worth after a cut, or it goes back to before it; see `distill.pruning.guard`."""
+
+    ap: Share | None = None  # at least, on the val split
+    loss: Positive | None = None  # the task's at most, mean over an epoch's training
+    recovery: Count = 2  # epochs after a cut until it is judged; the next cut or the end may come sooner
+
+    @model_validator(mode="after")
+    def _some_floor(self) -> "CutGuardConfig":
+        if self.ap is None and self.loss is None:
+            raise ValueError("give ap, the least on the val split, or loss, the most of the task's; or leave it out")
+        return self
+
+
 class PruningConfig(Section):
     """Channels are cut at the start of the epochs `start` to `end`, `every` so many, or of given `epochs`."""
 
     target: Annotated[Number, Field(gt=0, lt=1)]  # what is left at the end, as a share of what the uncut student costs
     budget: Literal["macs", "params", "memory", "latency"] = "macs"  # memory: of activations; latency: of one image
+    runtime: Literal["eager", "onnx"] = (
+        "eager"  # where latency is measured; onnx: ONNX Runtime, from the [export] extra
+    )
     start: Annotated[int, Field(ge=0, strict=True)] | None = None
     end: Annotated[int, Field(ge=0, strict=True)] | None = None
     every: Count = 1
@@ -343,6 +360,9 @@ class PruningConfig(Section):
     round_to: Count = 8
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 20
     evaluate: bool = False  # AP right after each cut, before any training
+    guard: CutGuardConfig | None = (
+        None  # takes cuts back that the student does not get over, and keeps the best student
+    )
 
     @property
     def cut_epochs(self) -> list[int]:
@@ -362,6 +382,8 @@ class PruningConfig(Section):
             raise ValueError(f"end ({self.end}) lies before start ({self.start}); cuts go from start to end")
         if self.per != "none" and self.ranking != "global":
             raise ValueError(f"per changes little where ranking is {self.ranking}; say ranking: global")
+        if self.runtime != "eager" and self.budget != "latency":
+            raise ValueError(f"runtime is where latency is measured, but budget is {self.budget}; say budget: latency")
         if self.greedy and self.importance not in ("group_l1", "group_l2", "fpgm"):
             raise ValueError(f"greedy changes nothing for {self.importance}; leave it out, or take fpgm")
         if (self.sensitivity is not None) != (self.ranking == "sensitivity"):

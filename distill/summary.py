@@ -133,8 +133,11 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
             for name, loss in losses.items()
         )
     if pruning:
-        rows["Pruning"] = f"to {human_share(pruning.get('target'))} of the MACs, {pruning.get('importance')}, "
-        rows["Pruning"] += f"cut before epochs {pruning['start'] + 1} to {pruning['end'] + 1}"
+        epochs = pruning.get("epochs") or [pruning["start"], pruning["end"]]
+        when = " to ".join(str(epoch + 1) for epoch in dict.fromkeys((epochs[0], epochs[-1])))
+        currency = BUDGETS[pruning.get("budget", "macs")]
+        rows["Pruning"] = f"to {human_share(pruning.get('target'))} of the {currency}, {pruning.get('importance')}, "
+        rows["Pruning"] += f"cut before {'epoch' if when.isdigit() else 'epochs'} {when}"
     train = config.get("train") or {}
     rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"
     return rows

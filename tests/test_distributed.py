@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, {repository!r})
 import train
+{prelude}
 
 def digest(tensors):
     content = b"".join(tensor.detach().contiguous().cpu().numpy().tobytes() for tensor in tensors)
@@ -44,10 +45,10 @@ sys.exit(status)
 """
 
 
-def launch(settings, repository, folder):
-    """Runs it on two processes: what each has seen, and what was said."""
+def launch(settings, repository, folder, prelude=""):
+    """Runs it on two processes, after some more lines of code: what each has seen, and what was said."""
     (folder / "a.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "check.py").write_text(SCRIPT.format(repository=str(repository), folder=str(folder)))
+    (folder / "check.py").write_text(SCRIPT.format(repository=str(repository), folder=str(folder), prelude=prelude))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "check.py", "a.yaml"], cwd=folder, capture_output=True, text=True, timeout=180, check=False

@@ -1,6 +1,7 @@
 """Decides what a student loses before which epoch, and takes it from everything that follows the student's shape."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,8 @@ from distill.data import Batch
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
-from distill.pruning.budget import meet_budget
+from distill.pruning.account import account
+from distill.pruning.budget import meet_budget, meet_measured
 from distill.pruning.cost import BUDGETS, Cost
 from distill.pruning.folding import add_offsets
 from distill.pruning.graph import ChannelGraph, ChannelGroup, trace_channels
@@ -48,10 +50,13 @@ class Pruner:
         limits: likewise.
         round_to: widths become multiples of this.
         device: where latency is measured; None: where the student is.
+        runtime: in what it is measured, see `Cost`.
 
     Attributes:
         uncut: what the student costs before any cut, as `check` finds it.
         uncut_widths: likewise, by group.
+        uncut_groups: likewise, the layers of each group and their width.
+        whole: why other layers stay as wide as they are, by name, likewise.
     """
 
     def __init__(
@@ -72,14 +77,17 @@ class Pruner:
         limits: Mapping[str, tuple[float, float]] | None = None,
         round_to: int = 8,
         device: torch.device | str | None = None,
+        runtime: str = "eager",
     ):
-        self.image_size, self.device = image_size, device
+        self.image_size, self.device, self.runtime = image_size, device, runtime
         self.target, self.epochs, self.budget, self.schedule = target, sorted(set(epochs)), budget, schedule
         self.importance, self.knowledge, self.greedy = IMPORTANCES[importance], knowledge, greedy
         self.ranking, self.curves, self.per = ranking, curves or {}, per
         self.limits, self.round_to = Limits(floor, keep, limits), round_to
         self.uncut = 0.0
         self.uncut_widths: dict[str, int] = {}
+        self.uncut_groups: list[tuple[list[str], int]] = []
+        self.whole: dict[str, str] = {}
         self._traced: tuple[list[tuple[str, torch.Size]], ChannelGraph] | None = None
 
     def check(self, unit: Distiller) -> None:
@@ -104,6 +112,10 @@ class Pruner:
             self.limits.check(groups)
         except ValueError as error:
             raise UserError(f"pruning.{error}") from None
+        self.uncut_groups = [(layers_of(group), group.width * group.size) for group in groups]
+        self.whole = {name.removeprefix("student."): reason for name, reason in graph.whole.items()}
+        for layer in (layer for group in groups if self.limits.keeps(group) for layer in layers_of(group)):
+            self.whole[layer] = "a pattern of pruning.keep"
         unknown = [name for name in (layers_of(group)[0] for group in groups) if name not in self.curves]
         if self.ranking == "sensitivity" and unknown:
             raise UserError(
@@ -131,13 +143,14 @@ class Pruner:
         """
         return self._measure(unit, self.trace(unit).groups, teachers, batches)
 
-    def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None) -> Plan:
+    def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None, step: float = 1.0) -> Plan:
         """The cut that is due before an epoch; empty if the student is small enough already. After `check`.
 
         Args:
             unit: the student with its adapters.
             epoch: counted from 0.
             evidence: of `measure`, of the unit as it is now.
+            step: share of what is due that is taken.
         """
         assert self.uncut, "check first: cuts are shares of what is found then"
         groups, tensors, cost = self.trace(unit).groups, named_tensors(unit), self._cost(unit)
@@ -154,7 +167,17 @@ class Pruner:
             case "sensitivity":
                 curves = [self.curves[layers_of(group)[0]] for group in groups]
                 scores = [rank_by_harm(*of_group) for of_group in zip(scores, widths, curves)]
-        return self._meet(unit, groups, scores, self.due(epoch) * self.uncut, cost, self._done(epoch))[0]
+        budget = self.due(epoch) * self.uncut
+        if step < 1:
+            now = cost.now()
+            budget = now - step * max(0.0, now - budget)
+        return self._meet(unit, groups, scores, budget, cost, step * self._done(epoch))[0]
+
+    def explain(self, unit: Distiller, plan: Plan, evidence: Evidence | None = None) -> list[dict[str, Any]]:
+        """What a plan takes from each group, see `distill.pruning.account`; arguments as in `plan`, before the cut."""
+        groups = self.trace(unit).groups
+        macs = Cost(unit, "macs", self.image_size)
+        return account(groups, self._scores(unit, groups, evidence), plan, named_tensors(unit), macs)
 
     def trace(self, unit: Distiller) -> ChannelGraph:
         """What of a unit may be narrowed; traced anew only when its shapes have changed since the last time."""
@@ -175,7 +198,7 @@ class Pruner:
         return sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)
 
     def _cost(self, unit: Distiller) -> Cost:
-        return Cost(unit, self.budget, self.image_size, self.device)
+        return Cost(unit, self.budget, self.image_size, self.device, self.runtime)
 
     def _measure(
         self, unit: Distiller, groups: list[ChannelGroup], teachers: Mapping[str, Teacher], batches: Iterable[Batch]
@@ -216,7 +239,15 @@ class Pruner:
             self.limits.of(group, self.uncut_widths[group.name], step, done) for group, step in zip(groups, steps)
         ]
         floors, caps = [low for low, _ in bounds], [high for _, high in bounds]
-        return meet_budget(groups, scores, named_tensors(unit), budget, cost.after, steps, floors, caps)
+        tensors = named_tensors(unit)
+        if self.budget != "latency":
+            return meet_budget(groups, scores, tensors, budget, cost.after, steps, floors, caps)
+        macs = Cost(unit, "macs", self.image_size)
+
+        def plan_at(share: float) -> Plan:
+            return meet_budget(groups, scores, tensors, share * macs.now(), macs.after, steps, floors, caps)[0]
+
+        return meet_measured(plan_at, cost.after, budget, cost.now())
 
 
 def _told(whole: Mapping[str, str]) -> str:
