@@ -30,9 +30,10 @@ def ask_and_see(unit, teachers, images, targets):
     return ask(unit, teachers, images, targets)
 
 def fit_and_see(run):
-    fit(run)
+    finished = fit(run)
     plans = [plan.to_json() for plan in run.unit.student.plans]
     seen.update(parameters=digest(run.unit.parameters()), plans=plans, terms=len(run.unit.terms))
+    return finished
 
 def finish_and_see(run, kept, *arguments):
     finish(run, kept, *arguments)

@@ -43,9 +43,10 @@ def measure_offsets(detector: nn.Module, plan: Plan, batches: Iterable[Tensor]) 
     def read(name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal last
-            dim = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
-            x = inputs[0].index_select(dim, gone[name]).movedim(dim, 0).flatten(1)
-            total, number = x.float().sum(dim=1), x.shape[1]
+            x = inputs[0]
+            channels = 1 if isinstance(layer, nn.modules.conv._ConvNd) else x.dim() - 1
+            others = [dim for dim in range(x.dim()) if dim != channels]
+            total, number = x.sum(dim=others, dtype=torch.float32)[gone[name]], x.numel() // x.shape[channels]
             last = (output, name, total, number) if layer.bias is None else None
             if layer.bias is not None:
                 add(f"{name}.bias", name, 1.0, total, number)
