@@ -17,14 +17,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import students
 from distill import build
 from distill.catalog import print_catalog
-from distill.checkpoint import EpochProgress, Progress, find_checkpoints, load_checkpoint, save_checkpoint
+from distill.checkpoint import (
+    BEFORE_CUT,
+    EpochProgress,
+    Progress,
+    find_checkpoints,
+    go_back,
+    load_checkpoint,
+    save_checkpoint,
+)
 from distill.config import check_config, load_config, override
 from distill.data import Batch, set_epoch, start_after
 from distill.distiller import Distiller
@@ -41,12 +50,14 @@ from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
 from distill.pruning.blocks import BlockPruner
 from distill.pruning.cost import BUDGETS
+from distill.pruning.folding import measure_offsets
+from distill.pruning.guard import CutGuard
 from distill.pruning.masks import Masks, agree_on, set_to_zero
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
-from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
+from distill.pruning.recalibrate import batches_needed, calibration_batches, recalibrate_batch_norms, share_statistics
 from distill.pruning.soft import silence_channels
 from distill.pruning.sparsity import SparsityPenalty, small_scales
-from distill.report import Report, StepProgress, counted, human_count
+from distill.report import Report, StepProgress, counted, human_ap, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import PENALTY, TEACHER, Config
 from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
@@ -56,6 +67,7 @@ from students import Detector, Plan
 from students.plan import apply_plan
 from teachers import Teacher, inherit
 
+WITHIN = 1.02  # of a target, that a measured cost may be
 CHECK_EVERY = 10  # steps between two looks at the losses
 
 
@@ -124,11 +136,18 @@ class Run:
     blocks: BlockPruner | None
     sparsity: SparsityPenalty | None
     masks: Masks | None
+    guard: CutGuard | None  # of the cuts
     folder: RunFolder
     report: Report
     accelerator: Accelerator
     interruption: Interruption
     role: str  # of the detector that is trained: student or teacher
+
+    def calibration_images(self) -> Iterator[Tensor]:
+        """As many of them as statistics of channels take."""
+        data = self.config.data
+        for batch in self.calibration_batches(batches_needed(data.batch_size, data.image_size)):
+            yield batch.images
 
     def calibration_batches(self, number: int = 8) -> Iterator[Batch]:
         """Training images, the same ones on every call and rank."""
@@ -187,13 +206,16 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
                 blocks,
                 sparsity,
                 masks,
+                build.build_guard(config),
                 folder,
                 report,
                 accelerator,
                 interruption,
                 role,
             )
-            fit(run)
+            while fit(run):  # the guard took a cut back
+                accelerator.free_memory()
+                run.unit = build.build_unit(config, data.class_names, detectors)
         stop_tracking(accelerator, config)
 
 
@@ -226,8 +248,12 @@ def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, 
     return build.at_own_size(teacher, config.all_teachers[name], config.data)
 
 
-def fit(run: Run) -> None:
-    """Trains the unit, from its last checkpoint if there is one, and writes what it was worth."""
+def fit(run: Run) -> bool:
+    """Trains the unit, from its last checkpoint if there is one, and writes what it was worth.
+
+    Returns:
+        True where the guard took a cut back: to go on, a new unit is to be trained from its last checkpoint.
+    """
     config, unit, teachers, accelerator, report = run.config, run.unit, run.teachers, run.accelerator, run.report
     settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
@@ -247,6 +273,7 @@ def fit(run: Run) -> None:
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
+        keep_pruning(run, progress)
 
     compile_parts([student, *(teacher.detector for teacher in teachers.values() if not teacher.sharded)])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
@@ -282,29 +309,35 @@ def fit(run: Run) -> None:
             unit.combiner.epoch = epoch + step / len(loader)
 
         enter_step(within.step)  # what is measured between two epochs goes by the weights of this one
-        plan = plan_cut(run, epoch) if starts else None
+        plan, groups = plan_cut(run, progress) if starts else (None, [])
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+            if run.guard:
+                save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator, BEFORE_CUT)
             uncut = size(student, image_size)
             del trained  # a distributed wrapper would hold on to the old shapes
             release(accelerator, unit)
-            cut_everywhere(plan, unit, ema, optimizer)
-            check_alike(accelerator, unit, ema)
-            for detector in dict.fromkeys((student, kept)):
-                recalibrate_batch_norms(detector, (batch.images for batch in run.calibration_batches()))
+            with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
+                offsets = broadcast(measure_offsets(kept, plan.below("student."), run.calibration_images()))
+                cut_everywhere(plan, unit, ema, optimizer, offsets)
+                check_alike(accelerator, unit, ema)
+                recalibrate_batch_norms(kept, run.calibration_images())
+                share_statistics(kept, student)
             compile_parts([student])
             trained = accelerator.prepare_model(unit)
-            progress.record_cut(plan)
+            left = broadcast_object_list([run.pruner.left(unit) if run.pruner else None])[0]
+            progress.record_cut(plan, left, groups)
+            keep_pruning(run, progress)
             within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
             at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
             what = f"; without {', '.join(name for name, _ in student.plans[-1].blocks)}" if plan.blocks else ""
             if run.pruner:
-                what += f"; {run.pruner.left(unit):.1%} of the {BUDGETS[run.pruner.budget]} left"
-                what += f", {run.pruner.due(epoch):.1%} were due" if epoch in run.pruner.epochs else ""
+                what += f"; {left:.1%} of the {BUDGETS[run.pruner.budget]} left"
+                what += f", {run.pruner.due(epoch):.1%} were due" if run.pruner.cuts_before(epoch) else ""
             report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{what}{at_once}")
         if starts and run.pruner and epoch in run.pruner.soft_epochs:
-            silence_channels(plan_channels(run, unit, epoch), unit)
+            silence_channels(plan_channels(run, unit, epoch)[0], unit)
             share = f"{1 - run.pruner.due(epoch):.1%} of the {BUDGETS[run.pruner.budget]}"
             report.say(f"before epoch {epoch + 1} channels are set to 0, {share}; they may come back")
         if run.sparsity and (plan or epoch == first):
@@ -334,6 +367,17 @@ def fit(run: Run) -> None:
             reported.update(found)
         result = evaluate_val(kept)
 
+        if run.guard and run.guard.judges(epoch + 1, progress.cut_epoch):
+            objection = run.guard.objection(result.ap, losses["task"])
+            if objection:
+                take_back(run, progress, objection)
+                return True
+            report.say(f"the cut before epoch {progress.cut_epoch + 1} stays: AP {human_ap(result.ap)}")
+        if run.guard and run.guard.is_through(epoch + 1, progress.cut_epoch):
+            within_budget = (progress.left or 1.0) <= WITHIN * run.pruner.target
+            if within_budget and (result.ap or 0.0) > (progress.best or {"ap": -1.0})["ap"]:
+                progress.best = {"epoch": epoch + 1, "ap": result.ap or 0.0}
+                on_main(accelerator, lambda: students.save(kept, run.folder.best))
         progress.epoch, progress.within = epoch + 1, None
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
@@ -357,31 +401,47 @@ def fit(run: Run) -> None:
         log_results(accelerator, results)
         album.update(kept)
 
-    finish(run, kept, evaluate_test, progress.before)
+    kept = best_within_budget(run, progress, kept)
+    finish(run, kept, evaluate_test, progress.before if kept.plans else None)
     album.update(kept, last=True)
+    return False
 
 
-def plan_cut(run: Run, epoch: int) -> Plan:
-    """The cut that is due before an epoch, the same on every rank: blocks, and channels of what they leave."""
-    unit, blocks, channels = run.unit, Plan(()), Plan(())
-    if run.blocks and epoch in run.blocks.epochs:
+def plan_cut(run: Run, progress: Progress) -> tuple[Plan, list[dict[str, Any]]]:
+    """The cut that is due before the next epoch, the same on every rank: blocks, and channels of what they leave.
+
+    Returns:
+        It, empty where there is none; and, on the main process, what it takes from each group of channels.
+    """
+    epoch, guard, step, again = progress.epoch, run.guard, 1.0, False
+    if guard:
+        step = guard.step(epoch, progress.retreats)
+        again = guard.tries_again(epoch, progress.cut_epoch, progress.retreats)
+    unit, blocks, channels, groups = run.unit, Plan(()), Plan(()), []
+    if step == 0:
+        run.report.say(f"nothing is cut before epoch {epoch + 1}: smaller and smaller cuts failed there")
+        return channels, groups
+    if run.blocks and (again or epoch in run.blocks.epochs):
         with torch.compiler.set_stance("force_eager"):  # compiled parts would not leave out what is tried without
-            plan = run.blocks.plan(unit, epoch, run.teachers, run.calibration_batches())
+            plan = run.blocks.plan(unit, epoch, run.teachers, run.calibration_batches(), step)
         blocks = agree(run.accelerator, plan)
-    if run.pruner and epoch in run.pruner.epochs and epoch not in run.pruner.soft_epochs:
+    if run.pruner and (run.pruner.cuts_before(epoch) or (again and run.pruner.is_behind(epoch, progress.left))):
         if blocks:
             unit = copy.deepcopy(unit)
             apply_plan([(unit, blocks)])
-        channels = plan_channels(run, unit, epoch)
-    return Plan(channels.cuts, channels.numbers, blocks.blocks)
+        channels, groups = plan_channels(run, unit, epoch, step)
+    return Plan(channels.cuts, channels.numbers, blocks.blocks), groups
 
 
-def plan_channels(run: Run, unit: Distiller, epoch: int) -> Plan:
-    """The channels of a unit that are due before an epoch, the same on every rank."""
+def plan_channels(run: Run, unit: Distiller, epoch: int, step: float = 1.0) -> tuple[Plan, list[dict[str, Any]]]:
+    """The channels of a unit that are due before an epoch, the same on every rank; on the main one by groups, too."""
     with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
         evidence = run.pruner.measure(unit, run.teachers, run.calibration_batches(16))
-    is_main = run.accelerator.is_main_process
-    return agree(run.accelerator, run.pruner.plan(unit, epoch, evidence) if is_main else None)
+    plan, groups = None, []
+    if run.accelerator.is_main_process:
+        plan = run.pruner.plan(unit, epoch, evidence, step)
+        groups = run.pruner.explain(unit, plan, evidence)
+    return agree(run.accelerator, plan), groups
 
 
 def choose_masks(run: Run, epoch: int, kept: Detector) -> None:
@@ -394,6 +454,43 @@ def choose_masks(run: Run, epoch: int, kept: Detector) -> None:
 def nonzero(detector: Detector) -> float:
     """Share of its parameters that are not 0."""
     return count_nonzero(detector) / count_parameters(detector)
+
+
+def take_back(run: Run, progress: Progress, objection: str) -> None:
+    """Makes the last checkpoint the one before the last cut, and says so."""
+    cut, epoch = progress.cut_epoch, progress.epoch
+    retreat = {"epoch": cut, "until": epoch + 1, "left": progress.left, "objection": objection}
+    go_back(run.folder.checkpoints, retreat, run.accelerator)
+    then = run.guard.step(cut, [*progress.retreats, retreat])
+    goes_on = f"{then:g} of what was due goes there now" if then else "nothing is cut there now"
+    run.report.warn(
+        f"guard: after epoch {epoch + 1}, {objection}; back to before the cut at epoch {cut + 1}, {goes_on}"
+    )
+
+
+def best_within_budget(run: Run, progress: Progress, kept: Detector) -> Detector:
+    """The student to save: with a guard the best one within the budget, without one the last."""
+    if not run.guard:
+        return kept
+    if progress.best is None:
+        run.report.warn(
+            f"no student came within the budget, {run.pruner.target:.1%} of the {BUDGETS[run.pruner.budget]}, and over "
+            f"the guard's floor; the last one is saved, with {progress.left or 1.0:.1%}"
+        )
+        return kept
+    run.report.say(f"the best student within the budget is saved, that of epoch {progress.best['epoch']}")
+    return students.load(run.folder.best).to(run.accelerator.device, memory_format=torch.channels_last)
+
+
+def keep_pruning(run: Run, progress: Progress) -> None:
+    """Writes down what was cut so far, and what cannot be."""
+    if not (run.pruner or run.blocks) or not run.accelerator.is_main_process:
+        return
+    content: dict[str, Any] = {"cuts": progress.cuts, "retreats": progress.retreats}
+    if run.pruner:
+        content |= {"budget": run.pruner.budget, "target": run.pruner.target, "whole": run.pruner.whole}
+        content["groups"] = [{"layers": layers, "width": width} for layers, width in run.pruner.uncut_groups]
+    run.folder.write_pruning(content)
 
 
 def look_at_losses(run: Run) -> None:

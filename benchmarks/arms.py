@@ -47,3 +47,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, the first column left, the others right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def replace_section(text: str, title: str, body: str) -> str:
+    """A Markdown page whose section of that title (`## title`) has another body; it comes last where there was none."""
+    before, found, rest = text.partition(f"\n## {title}\n")
+    _, following, after = rest.partition("\n## ") if found else ("", "", "")
+    return f"{before.rstrip()}\n\n## {title}\n\n{body.strip()}\n{following}{after}"

@@ -23,6 +23,7 @@ from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.blocks import BlockPruner
+from distill.pruning.guard import CutGuard
 from distill.pruning.masks import Masks
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
@@ -200,6 +201,11 @@ def build_unit(
     is_new = student is None
     if is_new:
         student = build_detector(config.student, class_names, config.data.image_size, "student")
+    if is_new and config.widths_of:
+        try:
+            students.narrow(student, config.widths_of)
+        except ValueError as error:
+            raise UserError(f"widths_of: {error}") from None
     if is_new and config.inherit:
         try:
             # once more when the teacher is trained; here to see that it fits
@@ -244,7 +250,8 @@ def build_pruner(config: Config, unit: Distiller, device: torch.device | None = 
     """
     if config.pruning is None or config.pruning.target is None:
         return None
-    elsewhere = {*TimedSection.model_fields, "sensitivity", "warmup_steps", "evaluate", "sparsity", "blocks", "masks"}
+    elsewhere = {*TimedSection.model_fields, "sensitivity", "warmup_steps", "evaluate"}
+    elsewhere |= {"guard", "sparsity", "blocks", "masks"}
     curves = read_curves(config.pruning.sensitivity) if config.pruning.sensitivity else None
     settings = config.pruning.model_dump(exclude=elsewhere)
     pruner = Pruner(config.data.image_size, epochs=config.pruning.cut_epochs, curves=curves, device=device, **settings)
@@ -288,6 +295,13 @@ def build_masks(config: Config, unit: Distiller) -> Masks | None:
     except ValueError as error:
         raise UserError(f"pruning.masks.{error}") from None
     return masks
+
+
+def build_guard(config: Config) -> CutGuard | None:
+    """What judges cuts; None where every cut stays."""
+    if config.pruning is None or config.pruning.guard is None:
+        return None
+    return CutGuard(config.pruning.planned_epochs, config.train.epochs, **config.pruning.guard.model_dump())
 
 
 def _some(names: list[str], count: int = 5) -> str:

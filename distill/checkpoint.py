@@ -16,6 +16,7 @@ from distill.errors import UserError
 from distill.pruning.pruner import cut_everywhere
 from students import Plan
 
+BEFORE_CUT = "before_cut.pt"  # what a cut that is still to be judged goes back to
 KEPT = 2  # the one before the last stays, in case the disk fills up while the last is written
 
 
@@ -50,6 +51,10 @@ class Progress:
         before: results of the student just before its first cut.
         within: how far the epoch after these has come; None between two epochs.
         processes: that it was made on.
+        left: share of the budget that the last cut left; None before the first, or where there is no budget.
+        cuts: what each cut took, blocks by name and an entry of `Pruner.explain` a group; the main process's alone.
+        retreats: the cuts that were taken back, see `distill.pruning.guard`.
+        best: epoch and AP of the best student within the budget, where one is kept.
     """
 
     uncut_macs: int
@@ -59,11 +64,17 @@ class Progress:
     before: dict[str, Any] | None = None
     within: EpochProgress | None = None
     processes: int = 1
+    left: float | None = None
+    cuts: list[dict[str, Any]] = field(default_factory=list)
+    retreats: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
 
-    def record_cut(self, plan: Plan) -> None:
-        """Enters a cut that was made before the present epoch."""
+    def record_cut(self, plan: Plan, left: float | None, groups: list[dict[str, Any]]) -> None:
+        """Enters a cut that was made before the present epoch, what it leaves, and what each group lost."""
         self.plans.append(plan.to_json())
-        self.cut_epoch = self.epoch
+        self.cut_epoch, self.left = self.epoch, left
+        blocks = [name for name, _ in plan.below("student.").blocks]
+        self.cuts.append({"epoch": self.epoch, "left": left, "blocks": blocks, "groups": groups})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
@@ -73,11 +84,18 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, unit: Distiller, ema: EMA | None, optimizer: Optimizer, accelerator: Accelerator
+    folder: Path,
+    progress: Progress,
+    unit: Distiller,
+    ema: EMA | None,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    name: str | None = None,
 ) -> None:
     """Writes `epoch_NNNN.pt`, or `epoch_NNNN_step_NNNNNN.pt` within the next one, and drops what is no longer needed.
 
-    On the main process only. It is written aside, and renamed once it is whole.
+    On the main process only. It is written aside, and renamed once it is whole. With a `name` it is another file, that
+    is not gone on from by itself.
 
     Raises:
         UserError: it cannot be written; the ones before it are as they were.
@@ -92,8 +110,29 @@ def save_checkpoint(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
     step = f"_step_{progress.within.step:06d}" if progress.within else ""
-    path = folder / f"epoch_{progress.epoch:04d}{step}.pt"
-    aside = path.with_suffix(".tmp")
+    _write(folder / (name or f"epoch_{progress.epoch:04d}{step}.pt"), state)
+    _drop_older(folder)
+
+
+def go_back(folder: Path, retreat: dict[str, Any], accelerator: Accelerator) -> None:
+    """Makes the state before the last cut the newest checkpoint, with the retreat entered; all processes wait for it.
+
+    Newer ones go last: a run that is killed on the way comes to the same point again.
+    """
+    if accelerator.is_main_process:
+        state = torch.load(folder / BEFORE_CUT, map_location="cpu", weights_only=True)
+        state["progress"]["within"] = None
+        state["progress"]["retreats"].append(retreat)
+        path = folder / f"epoch_{state['progress']['epoch']:04d}.pt"
+        _write(path, state)
+        for newer in find_checkpoints(folder):
+            if newer > path:
+                newer.unlink()
+    accelerator.wait_for_everyone()
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    folder, aside = path.parent, path.with_suffix(".tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
@@ -107,7 +146,6 @@ def save_checkpoint(
             f"{path}: cannot be written ({_first_line(error)}); make room, or mend the folder's rights, and go on from "
             f"the checkpoint before it: train.py --resume {folder.parent}"
         ) from error
-    _drop_older(folder)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -7,9 +7,11 @@ import io
 import json
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from distill.errors import UserError
+from distill.measure import time_in_turns
 from students import FAMILIES, Detections, Detector
 from students.detector import DenseOutput
 from students.nms import select, select_padded
@@ -209,6 +212,38 @@ def is_ours(file: Path) -> bool:
             return bool(_read_info(file))
     except Exception:  # whatever a reader says to a file of another kind
         return False
+
+
+def measure_onnx(
+    detector: Detector,
+    image_size: tuple[int, int],
+    *,
+    warmup: int = 10,
+    repeats: int = 50,
+    device: torch.device | str | None = None,
+) -> float:
+    """Median time of a pass of one image in ONNX Runtime, in milliseconds: the network alone, without decoding.
+
+    Args:
+        detector: exported by way of a file that is gone afterwards; it stays as it is.
+        image_size: (height, width) in pixels.
+        warmup: passes before the first that counts.
+        repeats: passes that count.
+        device: not looked at: it is ONNX Runtime that chooses.
+
+    Raises:
+        UserError: the packages of the `[export]` extra are missing, or ONNX cannot hold the detector.
+    """
+    check_onnx()
+    deployed = DeployedDetector(copy.deepcopy(detector).cpu().eval(), "raw")
+    info = {"class_names": detector.class_names, "image_size": list(image_size), "outputs": "raw", "batch": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "detector.onnx"
+        write_onnx(trace(deployed, image_size), file, info | {"dynamic": []}, deployed.names)
+        exported = ExportedDetector(file)
+    images = torch.zeros(1, 3, *image_size)
+    (milliseconds,) = time_in_turns([lambda: exported(images)], warmup, repeats, torch.device("cpu"))
+    return median(milliseconds)
 
 
 def check_onnx(opset: int | None = None, packages: tuple[str, ...] = ("onnx", "onnxruntime", "onnxscript")) -> None:

@@ -40,6 +40,16 @@ def count_nonzero(model: nn.Module) -> int:
     return sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in model.parameters())
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, of shapes alone, so that nothing it does takes memory or arithmetic; the model itself
+    if it is there already."""
+    if all(tensor.is_meta for tensor in model.parameters()):
+        return model
+    # deepcopy takes what is in its memo for copied, so no value is
+    shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, shapes).to("meta")
+
+
 def run_whole(model: nn.Module, images: Tensor) -> object:
     """A forward pass; of a detector with what comes after it but selection: a two-stage detector's ROI head, on as many
     boxes as it proposes at most in evaluation, whatever the image shows."""
@@ -57,7 +67,7 @@ def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
         model: takes images (B, 3, H, W).
         image_size: (height, width) in pixels.
     """
-    model = _on_meta(model)
+    model = on_meta(model)
     with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         run_whole(model, _blank_images(model, 1, image_size))
     return counter.get_total_flops() // 2
@@ -73,7 +83,7 @@ def count_uses(model: nn.Module, image_size: tuple[int, int]) -> dict[str, int]:
         model: takes images (B, 3, H, W).
         image_size: (height, width) in pixels.
     """
-    model = copy.deepcopy(model).to("meta").eval()  # to hang hooks on
+    model = on_meta(model)
     uses: dict[str, int] = {}
 
     def count(name: str):
@@ -84,11 +94,15 @@ def count_uses(model: nn.Module, image_size: tuple[int, int]) -> dict[str, int]:
         return hook
 
     layers = (nn.modules.conv._ConvNd, nn.Linear)
-    for name, layer in model.named_modules():
-        if isinstance(layer, layers):
-            layer.register_forward_hook(count(f"{name}.weight"))
-    with torch.no_grad():
+    handles = [
+        layer.register_forward_hook(count(f"{name}.weight"))
+        for name, layer in model.named_modules()
+        if isinstance(layer, layers)
+    ]
+    with eval_mode(model), torch.no_grad():
         run_whole(model, _blank_images(model, 1, image_size))
+    for handle in handles:
+        handle.remove()
     return uses
 
 
@@ -187,11 +201,6 @@ def time_in_turns(
             _wait_for(device)
             taken.append(1000 * (time.perf_counter() - start))
     return milliseconds
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    """The model if it is there already, else a copy."""
-    return model if all(tensor.is_meta for tensor in model.parameters()) else copy.deepcopy(model).to("meta")
 
 
 def _blank_images(model: nn.Module, batch: int, image_size: tuple[int, int]) -> Tensor:

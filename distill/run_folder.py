@@ -25,14 +25,14 @@ from distill.schema import TEACHER
 
 CONFIG, RESULTS, SUMMARY, LOG = "config.yaml", "results.csv", "summary.json", "train.log"
 CHECKPOINTS, STUDENT, TEACHERS, FAILURE = "checkpoints", "student", "teachers", "failure.json"
-LOCK = ".lock"
+PRUNING, BEST, LOCK = "pruning.json", "best", ".lock"
 PICTURES, REPORT, CARD, TRACKING = "pictures", "report.html", "README.md", "tracking"
 # run folders of their own, where a run trains its teacher, or several, first
 TEACHER_RUN, TEACHER_RUNS = "teacher_run", "teacher_runs"
 OF_TEACHERS = (TEACHER, TEACHERS, TEACHER_RUN, TEACHER_RUNS)
 # what overwriting removes, in this order; the config goes last, by being replaced: a folder is a run while it has one
 REMOVED = (
-    SUMMARY, RESULTS, LOG, FAILURE, CHECKPOINTS, PICTURES, REPORT, CARD, TRACKING, STUDENT, *OF_TEACHERS
+    SUMMARY, RESULTS, LOG, FAILURE, PRUNING, CHECKPOINTS, PICTURES, REPORT, CARD, TRACKING, STUDENT, *OF_TEACHERS
 )  # fmt: skip
 
 # Other toolkits write config.yaml and checkpoints/ too. Only a folder whose config begins so may ever be overwritten.
@@ -76,6 +76,16 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
+
+    @property
+    def pruning_file(self) -> Path:
+        """What was cut, and what not; see `distill.pruning.account`."""
+        return self.path / PRUNING
+
+    @property
+    def best(self) -> Path:
+        """The best student within the budget so far, where a guard keeps it."""
+        return self.checkpoints / BEST
 
     @property
     def student(self) -> Path:
@@ -212,6 +222,14 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Marks the run as finished; numbers that JSON does not know (NaN, infinity) become null."""
         write_file(self.summary_file, to_json(_finite(summary)))
+
+    def write_pruning(self, content: Mapping[str, Any]) -> None:
+        write_file(self.pruning_file, to_json(_finite(content)))
+
+    @property
+    def pruning(self) -> dict[str, Any] | None:
+        """What `write_pruning` wrote, or None where nothing is pruned."""
+        return json.loads(self.pruning_file.read_text(encoding="utf-8")) if self.pruning_file.is_file() else None
 
     def append_result(self, row: Mapping[str, float | int | str | None]) -> None:
         """Adds the row of an epoch to the results; a column that is new stays empty in the rows before it.

@@ -429,11 +429,26 @@ class MasksConfig(TimedSection):
         return self
 
 
+class CutGuardConfig(Section):
+    """What a student must be worth after a cut, or it goes back to before it; see `distill.pruning.guard`."""
+
+    ap: Share | None = None  # at least, on the val split
+    loss: Positive | None = None  # the task's at most, mean over an epoch's training
+    recovery: Count = 2  # epochs after a cut until it is judged; what is planned next or the end may come sooner
+
+    @model_validator(mode="after")
+    def _some_floor(self) -> "CutGuardConfig":
+        if self.ap is None and self.loss is None:
+            raise ValueError("give ap, the least on the val split, or loss, the most of the task's; or leave it out")
+        return self
+
+
 class PruningConfig(TimedSection):
     """Channels are cut at the given times, if there is a `target`; blocks and masks have times of their own."""
 
     target: Annotated[Number, Field(gt=0, lt=1)] | None = None  # what is left at the end, as a share of the uncut cost
     budget: Literal["macs", "params", "memory", "latency"] = "macs"  # memory: of activations; latency: of one image
+    runtime: Literal["eager", "onnx"] = "eager"  # where latency is measured; onnx: ONNX Runtime, of the [export] extra
     method: Literal["cut", "soft"] = "cut"  # soft: at all times but the last, channels are set to 0 and may come back
     schedule: Literal["cubic", "linear", "exponential", "asymptotic", "constant"] = "cubic"  # how much each cut takes
     importance: Literal[
@@ -455,6 +470,7 @@ class PruningConfig(TimedSection):
     round_to: Count = 8
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 20
     evaluate: bool = False  # AP right after each cut, before any training
+    guard: CutGuardConfig | None = None  # takes cuts back that the student does not get over, keeps the best student
 
     sparsity: SparsityConfig | None = None  # sparse training before the cuts
     blocks: BlocksConfig | None = None  # whole residual branches, before channels
@@ -470,6 +486,12 @@ class PruningConfig(TimedSection):
         """The epoch before which the last channels or blocks go."""
         return max([*self.cut_epochs, *(self.blocks.cut_epochs if self.blocks else ())], default=None)
 
+    @property
+    def planned_epochs(self) -> list[int]:
+        """Epochs before which anything is taken or set to 0: channels, blocks, weights."""
+        others = [section.cut_epochs for section in (self.blocks, self.masks) if section]
+        return sorted({*self.cut_epochs, *(epoch for epochs in others for epoch in epochs)})
+
     def _timed(self) -> "PruningConfig":
         if self.target is not None:
             return super()._timed()
@@ -479,12 +501,16 @@ class PruningConfig(TimedSection):
             )
         if (self.start, self.end, self.every, self.epochs) != (None, None, 1, None):
             raise ValueError("start, end, every and epochs say when channels go; give target too, or leave them out")
+        if self.guard:
+            raise ValueError("guard keeps the best student within a budget; give target, the budget, or leave it out")
         return self
 
     @model_validator(mode="after")
     def _agree(self) -> "PruningConfig":
         if self.per != "none" and self.ranking != "global":
             raise ValueError(f"per changes little where ranking is {self.ranking}; say ranking: global")
+        if self.runtime != "eager" and self.budget != "latency":
+            raise ValueError(f"runtime is where latency is measured, but budget is {self.budget}; say budget: latency")
         if self.greedy and self.importance not in ("group_l1", "group_l2", "fpgm"):
             raise ValueError(f"greedy changes nothing for {self.importance}; leave it out, or take fpgm")
         if (self.sensitivity is not None) != (self.ranking == "sensitivity"):
@@ -575,6 +601,7 @@ class Config(Section):
     teacher: TeacherConfig | None = None
     teachers: dict[str, TeacherConfig] = {}  # several in place of one, by name; each loss says whose it is
     inherit: list[str] = []  # parts that the student starts with from the (first) teacher, such as [neck, head]
+    widths_of: str | None = None  # a detector folder: the student starts as narrow as that one
     losses: dict[str, LossConfig] = {}
     balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
     guards: GuardConfig = GuardConfig()
@@ -621,6 +648,8 @@ class Config(Section):
             )
         if self.data.train is None:
             self._check_all_unlabelled()
+        if self.pruning and self.widths_of:
+            raise ValueError("widths_of starts with a student that is cut already; leave it or pruning out")
         if self.pruning:
             pruning = self.pruning
             for name, section in {"": pruning, "blocks.": pruning.blocks, "masks.": pruning.masks}.items():

@@ -1,6 +1,6 @@
 """Detectors that can be trained and pruned: the contract, its parts, its families, and how they are kept on disk."""
 
-from students.artifact import FAMILIES, build, load, read_info, save
+from students.artifact import FAMILIES, build, load, narrow, read_info, save
 from students.detector import DenseOutput, Detections, Detector, of_images
 from students.plan import Plan, apply_plan
 from students.shared_weights import SharedWeight
@@ -20,6 +20,7 @@ __all__ = [
     "apply_plan",
     "build",
     "load",
+    "narrow",
     "of_images",
     "read_info",
     "save",

@@ -108,7 +108,7 @@ def load(folder: str | Path) -> Detector:
         content = json.loads((folder / RECIPE).read_text())
         detector = build(**content["recipe"])
         detector.info = content["info"]
-        for plan in map(Plan.from_json, json.loads((folder / PLANS).read_text())):
+        for plan in _read_plans(folder):
             cut(detector, plan)
         detector.load_state_dict(_load_tensors(folder / WEIGHTS))
     except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
@@ -131,6 +131,26 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
 def read_info(folder: str | Path) -> dict[str, Any]:
     """The facts that were saved beside a detector."""
     return json.loads((Path(folder) / RECIPE).read_text())["info"]
+
+
+def narrow(detector: Detector, folder: str | Path) -> None:
+    """Cuts a new detector as the one in a folder was cut, so that it has its widths but keeps its own weights.
+
+    Raises:
+        ValueError: the folder is not an artifact, or one of another recipe.
+    """
+    folder = Path(folder)
+    if not (folder / PLANS).is_file():
+        raise ValueError(f"{folder}: is no detector folder, it has no {PLANS}; give one such as runs/x/student")
+    try:
+        for plan in _read_plans(folder):
+            cut(detector, plan)
+    except ValueError as error:
+        raise ValueError(f"{folder}: was cut from a detector of another recipe ({error})") from error
+
+
+def _read_plans(folder: Path) -> list[Plan]:
+    return [Plan.from_json(plan) for plan in json.loads((folder / PLANS).read_text())]
 
 
 def cut(detector: Detector, plan: Plan) -> None:

@@ -104,7 +104,10 @@ def apply_plan(targets: Iterable[tuple[nn.Module, Plan]], optimizers: Sequence[O
     Raises:
         ValueError: a tensor or block is missing, or a tensor has another width than the plan was made for; nothing has
             changed then.
+        RuntimeError: something else went wrong on the way, such as memory that ran out; it names the layer and the
+            first layer of its group, and nothing has changed then either.
     """
+    targets = list(targets)
     changes: list[tuple[Any, str, Any]] = []  # (owner, attribute or key, new value)
     for module, plan in targets:
         changes += _stage(module, plan, optimizers) + _stage_blocks(module, plan.blocks, optimizers)
@@ -113,10 +116,25 @@ def apply_plan(targets: Iterable[tuple[nn.Module, Plan]], optimizers: Sequence[O
         for owner, key, value in changes:
             done.append((owner, key, _get(owner, key)))
             _set(owner, key, value)
-    except BaseException:
+    except BaseException as error:
         for owner, key, value in reversed(done):
             _set(owner, key, value)
+        if isinstance(error, Exception) and done:
+            raise RuntimeError(f"{_place(done[-1][0], targets, optimizers)}: {error}; nothing was cut") from error
         raise
+
+
+def _place(owner: Any, targets: Sequence[tuple[nn.Module, Plan]], optimizers: Sequence[Optimizer]) -> str:
+    """What a change concerned, in words: the layer and the group that is cut there."""
+    owner = next((p for optimizer in optimizers for p, state in optimizer.state.items() if state is owner), owner)
+    for module, plan in targets:
+        for layer, part in module.named_modules():
+            if not any(owner is other for other in (part, part._buffers, *part._parameters.values())):
+                continue
+            slices = (cut.slices for cut in plan.cuts)
+            group = next((s[0][0] for s in slices if any(name.rpartition(".")[0] == layer for name, _ in s)), layer)
+            return f"plan: cutting {layer}, of the group of {group.removesuffix('.weight')}, failed"
+    return "plan: cutting failed"
 
 
 def _stage(module: nn.Module, plan: Plan, optimizers: Sequence[Optimizer]) -> list[tuple[Any, str, Any]]:

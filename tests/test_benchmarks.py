@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import coco_size, importance, losses
-from benchmarks.arms import interval, markdown
+from benchmarks import coco_size, importance, losses, recovery
+from benchmarks.arms import interval, markdown, replace_section
 from distill.data import Batch, open_index
 from distill.distiller import Distiller
 from distill.pruning.graph import find_groups
@@ -22,6 +22,33 @@ def test_interval_is_students():
 
 def test_tables_are_markdown():
     assert markdown(["", "AP"], [["pkd", "1"]]) == "|  | AP |\n| :-- | --: |\n| pkd | 1 |\n"
+
+
+def test_a_section_is_replaced_or_comes_last():
+    page = "# Page\n\n## One\n\n1\n\n## Two\n\n2\n"
+    assert replace_section(page, "One", "new\n") == "# Page\n\n## One\n\nnew\n\n## Two\n\n2\n"
+    assert replace_section(page, "Two", "new") == "# Page\n\n## One\n\n1\n\n## Two\n\nnew\n"
+    assert replace_section(page, "Three", "3") == page + "\n## Three\n\n3\n"
+
+
+def test_cuts_leave_two_thirds_to_recover_in(tmp_path):
+    one, gradual = (recovery.Arm(taught=True, cuts=cuts) for cuts in ("one", "gradual"))
+    assert recovery.cut_between(12) == (1, 4) and recovery.cut_between(18) == (2, 6)
+    when = ["pruning.start=4", "pruning.end=4", "pruning.target=0.3"]
+    assert set(when) < set(recovery.overrides_of(one, 70, 12, tmp_path, None))
+    assert "pruning.start=1" in recovery.overrides_of(gradual, 70, 12, tmp_path, None)
+
+
+def test_seeds_are_compared_pair_by_pair():
+    def seeds(milliseconds, *runs):
+        return [{"ap": ap, "ap_right_after": at, "macs": 1e6, "latency_ms": milliseconds} for ap, at in runs]
+
+    plain, ours = seeds(8.0, (0.30, None), (0.40, None)), seeds(4.0, (0.32, 0.1), (0.42, 0.3))
+    arms = {recovery.UNPRUNED: {"removed": 0, "seeds": plain}, "ours": {"removed": 50, "seeds": ours}}
+    rows = recovery.table({"teacher": {"ap": 0.5, "macs": 2e6}, "arms": arms}).splitlines()
+    # 12.7 of one degree of freedom: 12.706 * 7.07 / sqrt(2) points for what differs by 10
+    assert rows[3] == "| unpruned, plain | 35.0 +- 63.5 |  |  | 1M | 8.0 ms | 1.00x |"
+    assert rows[4] == "| ours | 37.0 +- 63.5 | 2.0 +- 0.0 | 20.0 +- 127.1 | 1M | 4.0 ms | 2.00x |"
 
 
 def test_losses_that_share_pull_as_strongly_as_one(tmp_path):
@@ -82,3 +109,19 @@ def test_losses_are_compared_and_finished_arms_kept(settings, tmp_path):
     again = losses.compare(tmp_path / "out", str(config), [], arms, seeds=2, epochs=1)
     assert [path.stat().st_mtime_ns for path in summaries] == times
     assert json.dumps(again["arms"]["pkd"]["ap"]) == json.dumps(result["arms"]["pkd"]["ap"])
+
+
+@pytest.mark.slow
+def test_ways_to_cut_are_compared_at_equal_macs(settings, tmp_path):
+    config = tmp_path / "a.yaml"
+    settings["pruning"] |= {"every": 1}
+    config.write_text(yaml.safe_dump(settings))
+    result = recovery.compare(tmp_path / "out", str(config), [], [40], seeds=1, epochs=3)
+    arms = {arm: entry["seeds"][0] for arm, entry in result["arms"].items()}
+    uncut = arms.pop(recovery.UNPRUNED)
+    assert list(arms) == [recovery.name_of(way, 40) for way in recovery.WAYS]
+    assert all(0.5 < run["macs"] / uncut["macs"] <= 0.6 and run["latency_ms"] > 0 for run in arms.values())
+    ours, *_, from_the_start = arms.values()
+    assert (from_the_start["macs"], from_the_start["params"]) == (ours["macs"], ours["params"])
+    assert from_the_start["ap_right_after"] is None and ours["ap_right_after"] is not None
+    assert recovery.TITLE not in recovery.section({"scenes": result}, 1, 3)

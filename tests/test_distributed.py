@@ -44,13 +44,14 @@ def train_and_see():
         return clip(accelerator, parameters, *arguments)
 
     def fit_and_see(run):
-        fit(run)
+        finished = fit(run)
         plans = [plan.to_json() for plan in run.unit.student.plans]
         seen.update(parameters=digest(run.unit.parameters()), plans=plans, terms=len(run.unit.terms))
         models, optimizers = run.accelerator._models, run.accelerator._optimizers
         owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         seen["models"] = [run.accelerator.unwrap_model(model) is run.unit for model in models]
         seen["owned"] = [len(optimizers), owned == {id(parameter) for parameter in run.unit.parameters()}]
+        return finished
 
     def finish_and_see(run, kept, *arguments):
         finish(run, kept, *arguments)
@@ -128,3 +129,16 @@ def test_a_process_without_labelled_images_stays_in_step(settings, launch, scene
     assert (first["parameters"], first["kept"]) == (second["parameters"], second["kept"])
     rows = (tmp_path / "run" / "results.csv").read_text().splitlines()
     assert [float(row.split(",")[1]) > 0 for row in rows[1:]] == [True, True]  # the task
+
+
+def test_two_processes_take_a_cut_back_together(settings, launch, monkeypatch):
+    monkeypatch.setattr("distill.pruning.guard.MOST", 0)
+    settings |= {"teacher": None, "losses": {}, "balance": "none", "train": {"epochs": 2}}
+    settings["data"]["batch_size"] = 2
+    settings["pruning"] = {"target": 0.6, "epochs": [1], "importance": "group_l1", "round_to": 4}
+    settings["pruning"] |= {"guard": {"ap": 1.0, "recovery": 1}, "blocks": {"count": 1, "epochs": [1]}}
+    first, second, said = launch(settings)
+    assert said.count("back to before the cut at epoch 2") == 1
+    assert first["plans"] == second["plans"] == []
+    assert (first["parameters"], first["kept"]) == (second["parameters"], second["kept"])
+    assert first["owned"] == second["owned"] == [1, True] and first["models"] == [True]

@@ -1,6 +1,7 @@
 """Charts of a run's course. Each takes numbers and gives a figure, or None where there is nothing to show."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -42,6 +43,9 @@ def mark_cuts(axes: Axes, course: Course) -> None:
     for number, cut in enumerate(cuts):
         label = None if number else ("cut" if len(cuts) == 1 else f"{len(cuts)} cuts")
         axes.axvline(cut.done, color=CUT, linewidth=1, linestyle=":", label=label, gid="cut")
+    for number, retreat in enumerate(course.retreats):
+        label = None if number else "taken back"
+        axes.axvspan(retreat["epoch"], retreat["until"], color=CUT, alpha=0.12, linewidth=0, label=label, gid="retreat")
 
 
 def draw_losses(course: Course) -> Figure | None:
@@ -127,13 +131,38 @@ def draw_widths(widths: list[Width]) -> Figure | None:
     far = max(w.before for w in shown)
     for place, width in zip(places, shown):
         axes.text(width.before + 0.015 * far, place, f"{width.after}", va="center", fontsize=6.5, color="#374151")
-    axes.set_yticks(places, [_layers(width) for width in shown], fontsize=6.5)
+    axes.set_yticks(places, [_layers(width.layers) for width in shown], fontsize=6.5)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * far)
     axes.grid(axis="y", visible=False)
     few = f", {len(shown)} of {len(widths)}, those cut most" if len(shown) < len(widths) else ""
     figure.suptitle(f"Channels of each group{few}", x=0.01, ha="left", fontsize=9, fontweight="bold")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    return figure
+
+
+def draw_width_course(course: Course) -> Figure | None:
+    """What is left of each group of layers, in shade, over the epochs."""
+    cut = [group for group in course.groups if len(group.widths) > 1]
+    if not cut:
+        return None
+    shown = [group for group in cut if group in sorted(cut, key=lambda group: group.left)[:MOST_WIDTHS]]
+    last = max([course.total_epochs, *(epoch for group in shown for epoch, _ in group.widths)])
+    shares = np.ones((len(shown), last))
+    for row, group in enumerate(shown):
+        for epoch, width in group.widths[1:]:
+            shares[row, epoch:] = width / group.widths[0][1]
+    figure = new_chart(0.75 + 0.17 * len(shown))
+    (axes,) = figure.axes
+    shades = axes.pcolormesh(np.arange(last + 1), np.arange(len(shown) + 1), shares, vmin=0, vmax=1, cmap="viridis")
+    axes.set_yticks(np.arange(len(shown)) + 0.5, [_layers(group.layers) for group in shown], fontsize=6.5)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    whole_epochs(axes, course.total_epochs)
+    bar = figure.colorbar(shades, ax=axes, fraction=0.03, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    few = f", {len(shown)} of {len(cut)} groups, those cut most" if len(shown) < len(cut) else ""
+    figure.suptitle(f"Channels left over the epochs{few}", x=0.01, ha="left", fontsize=9, fontweight="bold")
     return figure
 
 
@@ -240,9 +269,9 @@ def _dots(values: list) -> str:
     return "o" if len(values) == 1 else ""
 
 
-def _layers(width: Width, longest: int = 26) -> str:
-    first = width.layers[0]
-    more = f" +{len(width.layers) - 1}" if len(width.layers) > 1 else ""
+def _layers(layers: Sequence[str], longest: int = 26) -> str:
+    first = layers[0]
+    more = f" +{len(layers) - 1}" if len(layers) > 1 else ""
     return (first if len(first) <= longest else "…" + first[1 - longest :]) + more
 
 

@@ -1,7 +1,7 @@
 """The course of a run as numbers, from its own files; what the charts draw, and nothing of how."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distill.run_folder import RunFolder
@@ -31,6 +31,30 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class GroupCourse:
+    """Coupled layers and what the cuts took from them.
+
+    Attributes:
+        layers: by name.
+        widths: channels uncut and, epoch by epoch that was cut before, after it: (epochs done, channels).
+        macs_saved: by all cuts, each counted after those of the groups above it.
+        kept: mean importance, at the last cut that it lost channels to, of those that stayed.
+        removed: likewise of those that went.
+    """
+
+    layers: tuple[str, ...]
+    widths: tuple[tuple[int, int], ...]
+    macs_saved: int = 0
+    kept: float | None = None
+    removed: float | None = None
+
+    @property
+    def left(self) -> float:
+        """Share of its channels."""
+        return self.widths[-1][1] / self.widths[0][1]
+
+
+@dataclass(frozen=True)
 class ClassCourse:
     """AP of one class: before the first cut, an epoch after the last one, and now; None where not measured."""
 
@@ -53,15 +77,43 @@ class Course:
         config: the settings, as they were written.
         rows: of the results, one an epoch.
         summary: None while the run goes on.
+        pruning: of `pruning.json`; empty where nothing is cut.
     """
 
     config: dict[str, Any]
     rows: list[Row]
     summary: dict[str, Any] | None
+    pruning: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: RunFolder) -> "Course":
-        return cls(run.config, run.read_results(), run.summary)
+        return cls(run.config, run.read_results(), run.summary, run.pruning or {})
+
+    @property
+    def groups(self) -> list[GroupCourse]:
+        """All groups of the uncut student, with what cuts took; what only came apart later follows."""
+        found = {
+            tuple(group["layers"]): GroupCourse(tuple(group["layers"]), ((0, group["width"]),))
+            for group in self.pruning.get("groups", ())
+        }
+        for cut in self.pruning.get("cuts", ()):
+            found = {course.layers: course for course in (_without(c, cut) for c in found.values())}
+            for entry in cut["groups"]:
+                layers = tuple(entry["layers"])
+                so_far = found.get(layers) or GroupCourse(layers, ((0, entry["before"]),))
+                found[layers] = GroupCourse(
+                    layers,
+                    (*so_far.widths, (cut["epoch"], entry["after"])),
+                    so_far.macs_saved + entry["macs_saved"],
+                    entry["kept"],
+                    entry["removed"],
+                )
+        return list(found.values())
+
+    @property
+    def retreats(self) -> list[dict[str, Any]]:
+        """Cuts that the guard took back: the `epoch` of each, `until` when it was tried, the `objection`."""
+        return self.pruning.get("retreats", [])
 
     @property
     def total_epochs(self) -> int:
@@ -172,3 +224,10 @@ class Course:
         stages = [self.entry("student_before"), *((self.summary or {}).get("cuts") or [self.entry("student")])]
         measured = {stage["macs"]: stage["latency_ms"] for stage in stages if stage.get("latency_ms")}
         return [(name, measured[macs], ap) for name, macs, ap in self.sizes if macs in measured]
+
+
+def _without(group: GroupCourse, cut: dict[str, Any]) -> GroupCourse:
+    """A group once the blocks of a cut are gone, and their layers with them."""
+    gone = tuple(f"{block}." for block in cut["blocks"])
+    left = tuple(layer for layer in group.layers if not layer.startswith(gone))
+    return replace(group, layers=left) if left else replace(group, widths=(*group.widths, (cut["epoch"], 0)))

@@ -31,7 +31,10 @@ class Picture(NamedTuple):
 
 PICTURES = (
     Picture(
-        "ap", "Accuracy", "AP of the student after each epoch; dotted lines are cuts, a dashed one is the teacher."
+        "ap",
+        "Accuracy",
+        "AP of the student after each epoch; dotted lines are cuts, shaded epochs cuts that were taken back, a dashed "
+        "line is the teacher.",
     ),
     Picture("classes", "Accuracy", "AP of each class: what the cuts cost it, and what it won back."),
     Picture("precision", "Accuracy", "Precision at each recall, mean over the classes, at two overlaps."),
@@ -40,6 +43,7 @@ PICTURES = (
     ),
     Picture("cost", "Cost", "What is left of the student, as a share of what it was before any cut."),
     Picture("widths", "Cost", "Channels of coupled layers before any cut and now; the number is what is left."),
+    Picture("width_course", "Cost", "Channels left of each group of layers while the run went on."),
     Picture("losses", "Training", "Each loss as it enters the sum, weight included; every one on its own scale."),
     Picture("rate", "Training", "The learning rate; after each cut it ramps up again."),
     Picture("mosaic", "What they see", "Validation images: the truth, and detections with a score of 0.3 or more."),
@@ -74,6 +78,7 @@ def _drawings(run: RunFolder, course: Course) -> Iterator[tuple[str, Callable[[]
     yield "tradeoff", lambda: charts.draw_tradeoff(course)
     yield "cost", lambda: charts.draw_cost(course)
     yield "widths", lambda: charts.draw_widths(read_widths(run))
+    yield "width_course", lambda: charts.draw_width_course(course)
     yield "losses", lambda: charts.draw_losses(course)
     yield "rate", lambda: charts.draw_rate(course)
     if (run.pictures / SCENES).is_file():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from distill.pictures.course import Course
-from distill.report import human_ap, human_macs
+from distill.report import human_ap, human_macs, human_share
 from distill.run_folder import RunFolder, write_file
 from distill.summary import describe_config, summary_table
 
@@ -41,6 +41,8 @@ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { color: var(--faint); font-weight: 500; }
 tr:last-child td { font-weight: 600; }
+.groups tr:last-child td { font-weight: inherit; }
+.groups td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 16rem; }
 .charts { columns: 22rem; column-gap: 1rem; }
 .sheets { columns: 34rem; column-gap: 1rem; }
 figure { margin: 0 0 1rem; break-inside: avoid; border: 1px solid var(--line); border-radius: 8px;
@@ -92,7 +94,7 @@ def write_page(run: RunFolder, course: Course, pictures: Iterable["Picture"]) ->
 <div class="scroll">{_table(*numbers(course))}</div>
 <dl>{facts}</dl>
 </div>
-{body}<details><summary>All settings</summary><pre>{settings}</pre></details>
+{body}{_pruning(course)}<details><summary>All settings</summary><pre>{settings}</pre></details>
 </body>
 </html>
 """
@@ -118,6 +120,40 @@ def numbers(course: Course) -> tuple[tuple[str, ...], list[list[str | None]]]:
     if course.teacher_ap is not None:
         rows.insert(0, ["teacher", human_ap(course.teacher_ap), None, None, None])
     return ("", "AP", "AP50", "AP75", "MACs"), rows
+
+
+def _pruning(course: Course) -> str:
+    """What each group lost, what stays whole and why, and which cuts were taken back; empty where nothing is cut."""
+    if not course.pruning:
+        return ""
+    rows = [
+        [
+            ", ".join(group.layers),
+            str(group.widths[0][1]),
+            str(group.widths[-1][1]),
+            human_share(group.left),
+            *(None if value is None else f"{value:.2e}" for value in (group.kept, group.removed)),
+            human_macs(group.macs_saved) if group.macs_saved else None,
+        ]
+        for group in course.groups
+    ]
+    columns = ("layers", "before", "now", "left", "importance kept", "removed", "MACs saved")
+    text = f'<h2>Groups of channels</h2>\n<div class="scroll groups">{_table(columns, rows)}</div>\n' if rows else ""
+    if course.retreats:
+        back = [
+            [f"before epoch {entry['epoch'] + 1}", human_share(entry["left"]), f"{entry['until']}", entry["objection"]]
+            for entry in course.retreats
+        ]
+        table = _table(("cut", "would have left", "judged after epoch", "why"), back)
+        text += f'<h2>Cuts taken back</h2>\n<div class="scroll">{table}</div>\n'
+    blocks = [[f"{cut['epoch'] + 1}", ", ".join(cut["blocks"])] for cut in course.pruning["cuts"] if cut["blocks"]]
+    if blocks:
+        table = _table(("before epoch", "residual branches"), blocks)
+        text += f'<h2>Blocks that are gone</h2>\n<div class="scroll groups">{table}</div>\n'
+    if whole := course.pruning.get("whole"):
+        whole = _table(("layer", "why it stays whole"), [list(pair) for pair in whole.items()])
+        text += f'<details><summary>Layers that stay whole</summary><div class="scroll">{whole}</div></details>\n'
+    return text
 
 
 def _table(columns: tuple[str, ...], rows: list[list[str | None]]) -> str:

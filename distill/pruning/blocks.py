@@ -61,8 +61,15 @@ class BlockPruner:
                 "pruning.blocks.count or leave pruning.blocks out (pruning.blocks=null)"
             )
 
-    def plan(self, unit: Distiller, epoch: int, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Plan:
-        """The blocks that go before an epoch; empty where it is none of `epochs`.
+    def plan(
+        self,
+        unit: Distiller,
+        epoch: int,
+        teachers: Mapping[str, Teacher],
+        batches: Iterable[Batch],
+        step: float = 1.0,
+    ) -> Plan:
+        """The blocks that are due before an epoch; empty where as many are gone.
 
         Every rank must be given the same batches; the unit is not touched.
 
@@ -71,10 +78,12 @@ class BlockPruner:
             epoch: counted from 0.
             teachers: those of its terms, by name.
             batches: of training images.
+            step: share of what is due that is taken; a block that it would halve stays.
         """
         gone = sum(len(plan.blocks) for plan in unit.student.plans)
         due = round(self.count * sum(1 for cut in self.epochs if cut <= epoch) / len(self.epochs)) - gone
-        if epoch not in self.epochs or due <= 0:
+        due = int(step * due)
+        if due <= 0:
             return Plan(())
         blocks = [block for block in find_blocks(unit.student, self.image_size) if not self._stays(block.name)]
         if self.importance == "taylor":

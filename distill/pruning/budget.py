@@ -110,3 +110,40 @@ def meet_budget(
             best, counts[g] = tried, wider
         else:
             refused.add(g)
+
+
+def meet_measured(
+    plan_at: Callable[[float], Plan], cost: Callable[[Plan], float], budget: float, now: float, tries: int = 8
+) -> tuple[Plan, float]:
+    """The mildest plan found that leaves at most a budget of what has to be measured, such as latency.
+
+    Plans are told apart by what they leave of something that can be counted, so few measurements are needed.
+
+    Args:
+        plan_at: from a share of what can be counted to the mildest plan that leaves at most that.
+        cost: what a plan leaves, measured.
+        budget: what may be left.
+        now: what there is.
+        tries: plans that are measured, unless one leaves what is nearly the budget before.
+
+    Returns:
+        The plan and what it leaves; where none of them left little enough, the heaviest that there is.
+    """
+    low, high, best = 0.0, 1.0, None
+    share = min(1.0, budget / now)
+    for _ in range(tries if budget else 0):
+        plan = plan_at(share)
+        left = cost(plan)
+        if left <= budget:
+            low = share
+            if best is None or left > best[1]:
+                best = (plan, left)
+            if left >= CLOSE * budget:
+                break
+        else:
+            high = share
+        share = (low + high) / 2
+    if best is None:
+        heaviest = plan_at(0.0)
+        best = (heaviest, cost(heaviest))
+    return best

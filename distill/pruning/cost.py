@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.distiller import Distiller
-from distill.measure import count_macs, count_uses, measure_latency
+from distill.exported import measure_onnx
+from distill.measure import count_macs, count_uses, measure_latency, on_meta
 from distill.pruning.graph import ChannelGroup
 from students.plan import Plan, apply_plan
 
@@ -19,14 +20,15 @@ class Cost:
     """What the student of a unit costs in one currency, as it is at present.
 
     `macs` are multiply-accumulates of one image; `params` parameters; `memory` the values that convolutions and linear
-    layers give for one image, which is what training keeps; `latency` measured milliseconds of one image, eager mode.
-    All but the last follow from shapes, so trying a plan takes no time.
+    layers give for one image, which is what training keeps; `latency` measured milliseconds of one image. All
+    but the last follow from shapes, so trying a plan takes no time.
 
     Args:
         unit: the student with its adapters, which cost nothing: they are not deployed.
         currency: a key of `BUDGETS`.
         image_size: height and width, pixels.
         device: where latency is measured; None: where the student is.
+        runtime: what it is measured in, `eager` mode or `onnx` for ONNX Runtime.
     """
 
     def __init__(
@@ -35,19 +37,21 @@ class Cost:
         currency: str,
         image_size: tuple[int, int],
         device: torch.device | str | None = None,
+        runtime: str = "eager",
     ):
-        self.currency, self.image_size, self.device = currency, image_size, device
+        self.currency, self.image_size, self.device, self.runtime = currency, image_size, device, runtime
         self._student = unit.student
         self._shapes = {f"student.{name}": list(p.shape) for name, p in unit.student.named_parameters()}
         self._uses: dict[str, int] = {}
         self._fixed = 0
         if currency in ("macs", "memory"):
-            self._uses = {f"student.{name}": n for name, n in count_uses(unit.student, image_size).items()}
+            skeleton = on_meta(unit.student)
+            self._uses = {f"student.{name}": n for name, n in count_uses(skeleton, image_size).items()}
             layers = {name: unit.get_submodule(name.removesuffix(".weight")) for name in self._uses}
             self._transposed = {n for n, x in layers.items() if isinstance(x, nn.modules.conv._ConvTransposeNd)}
         if currency == "macs":
             # products of activations with each other, as in attention; of these no less is counted after a cut
-            self._fixed = count_macs(unit.student, image_size) - self._sum(self._shapes)
+            self._fixed = count_macs(skeleton, image_size) - self._sum(self._shapes)
 
     def now(self) -> float:
         """What the student costs uncut."""
@@ -58,7 +62,10 @@ class Cost:
         if self.currency == "latency":
             trial = copy.deepcopy(self._student)
             apply_plan([(trial, plan.below("student."))])
-            return measure_latency(trial, self.image_size, warmup=5, repeats=30, device=self.device)
+            settings = {"warmup": 5, "repeats": 30, "device": self.device}
+            if self.runtime == "onnx":
+                return measure_onnx(trial, self.image_size, **settings)
+            return measure_latency(trial, self.image_size, **settings)
         gone = tuple(f"{name}." for name, _ in plan.blocks)
         shapes = {name: list(shape) for name, shape in self._shapes.items() if not name.startswith(gone)}
         for cut in plan.cuts:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.distiller import Distiller
+from distill.measure import on_meta
 from distill.pruning.channels import Channels, Entry
 from distill.pruning.trace import Rehearsal, Tracer
 from students.plan import Plan, apply_plan, named_tensors
@@ -105,7 +106,7 @@ def trace_channels(unit: Distiller, image_size: tuple[int, int]) -> ChannelGraph
     Raises:
         ValueError: the unit's code cannot be followed even where nothing is cut.
     """
-    skeleton = copy.deepcopy(unit).to("meta").eval()
+    skeleton = on_meta(unit).eval()
     tensors, image = named_tensors(skeleton), torch.empty(1, 3, *image_size, device="meta")
     with torch.no_grad():
         skeleton.traced_outputs(image)  # what code computes once and keeps, such as anchors, is out of the way

@@ -45,7 +45,7 @@ def group_l1(group: ChannelGroup, tensors: Mapping[str, Tensor], evidence: Evide
     Returns:
         (width,) float32 on the CPU.
     """
-    scores = sum_by_channel(group, {name: tensor.abs() for name, tensor in tensors.items() if tensor.dim() > 1})
+    scores = sum_by_channel(group, {name: weight.abs() for name, weight in _weights(group, tensors).items()})
     return scores / scores.mean().clamp(min=1e-12)
 
 
@@ -156,7 +156,13 @@ def sum_by_channel(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _squared_norms(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
-    return sum_by_channel(group, {name: t.float().square() for name, t in tensors.items() if t.dim() > 1})
+    return sum_by_channel(group, {name: t.float().square() for name, t in _weights(group, tensors).items()})
+
+
+def _weights(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of the tensors that a group runs through is a weight, by name."""
+    names = {member.name for member in group.members}
+    return {name: tensors[name].detach() for name in names if tensors[name].dim() > 1}
 
 
 IMPORTANCES = {

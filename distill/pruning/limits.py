@@ -41,6 +41,10 @@ class Limits:
                         f"{key}: {pattern!r} matches none of the {len(names)} layers that can be cut{such}"
                     )
 
+    def keeps(self, group: ChannelGroup) -> bool:
+        """Whether a group is to be left as wide as it is."""
+        return any(_matches(group, pattern) for pattern in self.keep)
+
     def of(self, group: ChannelGroup, uncut_width: int, step: int, done: float = 1.0) -> tuple[int, int]:
         """Fewest and most channels that a group keeps.
 
@@ -50,15 +54,17 @@ class Limits:
             step: what its width becomes a multiple of.
             done: what part of the way to the cap is due by now.
         """
-        names = layers_of(group)
-        matches = lambda pattern: any(fnmatchcase(name, pattern) for name in names)  # noqa: E731
-        if any(matches(pattern) for pattern in self.keep):
+        if self.keeps(group):
             return group.width, group.width
-        found = [shares for pattern, shares in self.limits.items() if matches(pattern)]
+        found = [shares for pattern, shares in self.limits.items() if _matches(group, pattern)]
         least = max([self.floor, *(low for low, _ in found)])
         most = max(least, min([1.0, *(high for _, high in found)]))
         fewest = min(group.width, max(step, math.ceil(least * uncut_width)))
         return fewest, max(fewest, math.floor((1 - (1 - most) * done) * uncut_width))
+
+
+def _matches(group: ChannelGroup, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in layers_of(group))
 
 
 def layers_of(group: ChannelGroup) -> list[str]:

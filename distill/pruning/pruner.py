@@ -1,6 +1,7 @@
 """Decides what a student loses before which epoch, and takes it from everything that follows the student's shape."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,9 +13,11 @@ from distill.data import Batch
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
-from distill.pruning.budget import meet_budget
+from distill.pruning.account import account
+from distill.pruning.budget import meet_budget, meet_measured
 from distill.pruning.cost import BUDGETS, Cost
-from distill.pruning.graph import ChannelGroup, find_groups, trace_channels
+from distill.pruning.folding import add_offsets
+from distill.pruning.graph import ChannelGraph, ChannelGroup, trace_channels
 from distill.pruning.importance import IMPORTANCES, Evidence
 from distill.pruning.limits import Limits, layers_of
 from distill.pruning.ranking import Curve, rank_by_harm, rank_by_structure, rank_together, score_greedily
@@ -49,12 +52,15 @@ class Pruner:
         limits: likewise.
         round_to: widths become multiples of this.
         device: where latency is measured; None: where the student is.
+        runtime: in what it is measured, see `Cost`.
 
     Attributes:
         soft_epochs: before which channels are set to 0 instead of cut.
         uncut: what the student costs before any cut, as `check` finds it.
         uncut_widths: likewise, of the narrowest group that runs through each dimension of each tensor: a group may be
             named otherwise once blocks are gone.
+        uncut_groups: likewise, the layers of each group and their width.
+        whole: why other layers stay as wide as they are, by name, likewise.
     """
 
     def __init__(
@@ -76,8 +82,9 @@ class Pruner:
         limits: Mapping[str, tuple[float, float]] | None = None,
         round_to: int = 8,
         device: torch.device | str | None = None,
+        runtime: str = "eager",
     ):
-        self.image_size, self.device = image_size, device
+        self.image_size, self.device, self.runtime = image_size, device, runtime
         self.target, self.epochs, self.budget, self.schedule = target, sorted(set(epochs)), budget, schedule
         self.soft_epochs = self.epochs[:-1] if method == "soft" else []
         self.importance, self.knowledge, self.greedy = IMPORTANCES[importance], knowledge, greedy
@@ -85,6 +92,9 @@ class Pruner:
         self.limits, self.round_to = Limits(floor, keep, limits), round_to
         self.uncut = 0.0
         self.uncut_widths: dict[tuple[str, int], int] = {}
+        self.uncut_groups: list[tuple[list[str], int]] = []
+        self.whole: dict[str, str] = {}
+        self._traced: tuple[list[tuple[str, torch.Size]], ChannelGraph] | None = None
 
     def check(self, unit: Distiller) -> None:
         """Looks at the uncut student, before anything else; later cuts are shares of what is found here.
@@ -94,8 +104,8 @@ class Pruner:
                 matches nothing, a curve is missing, or no plan can reach the target.
         """
         try:
-            graph = trace_channels(unit, self.image_size)
-            groups, cost = graph.groups, self._cost(unit)
+            graph, cost = self.trace(unit), self._cost(unit)
+            groups = graph.groups
             self.uncut, self.uncut_widths = cost.now(), {}
             for group in sorted(groups, key=lambda group: group.width, reverse=True):
                 self.uncut_widths |= {(member.name, member.dim): group.width for member in group.members}
@@ -110,6 +120,10 @@ class Pruner:
             self.limits.check(groups)
         except ValueError as error:
             raise UserError(f"pruning.{error}") from None
+        self.uncut_groups = [(layers_of(group), group.width * group.size) for group in groups]
+        self.whole = {name.removeprefix("student."): reason for name, reason in graph.whole.items()}
+        for layer in (layer for group in groups if self.limits.keeps(group) for layer in layers_of(group)):
+            self.whole[layer] = "a pattern of pruning.keep"
         unknown = [name for name in (layers_of(group)[0] for group in groups) if name not in self.curves]
         if self.ranking == "sensitivity" and unknown:
             raise UserError(
@@ -135,22 +149,23 @@ class Pruner:
             teachers: those of its terms, by name.
             batches: of training images; none is drawn where nothing needs to be measured.
         """
-        return self._measure(unit, find_groups(unit, self.image_size), teachers, batches)
+        return self._measure(unit, self.trace(unit).groups, teachers, batches)
 
-    def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None) -> Plan:
+    def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None, step: float = 1.0) -> Plan:
         """The cut that is due before an epoch; empty if the student is small enough already. After `check`.
 
         Args:
             unit: the student with its adapters.
             epoch: counted from 0.
             evidence: of `measure`, of the unit as it is now.
+            step: share of what is due that is taken.
         """
         assert self.uncut, "check first: cuts are shares of what is found then"
-        groups, tensors = find_groups(unit, self.image_size), named_tensors(unit)
+        groups, tensors, cost = self.trace(unit).groups, named_tensors(unit), self._cost(unit)
         scores, widths = self._scores(unit, groups, evidence), [self._uncut_width(group) for group in groups]
         if self.per != "none":
             # adapters are not deployed, so what they compute costs nothing; what costs nothing must not go for free
-            costs = Cost(unit, self.per, self.image_size)
+            costs = cost if self.per == self.budget else Cost(unit, self.per, self.image_size)
             scores = [score / costs.by_channel(group).clamp(min=1) for score, group in zip(scores, groups)]
         match self.ranking:
             case "uniform":
@@ -160,7 +175,32 @@ class Pruner:
             case "sensitivity":
                 curves = [self.curves[layers_of(group)[0]] for group in groups]
                 scores = [rank_by_harm(*of_group) for of_group in zip(scores, widths, curves)]
-        return self._meet(unit, groups, scores, self.due(epoch) * self.uncut, self._cost(unit), self._done(epoch))[0]
+        budget = self.due(epoch) * self.uncut
+        if step < 1:
+            now = cost.now()
+            budget = now - step * max(0.0, now - budget)
+        return self._meet(unit, groups, scores, budget, cost, step * self._done(epoch))[0]
+
+    def explain(self, unit: Distiller, plan: Plan, evidence: Evidence | None = None) -> list[dict[str, Any]]:
+        """What a plan takes from each group, see `distill.pruning.account`; arguments as in `plan`, before the cut."""
+        groups = self.trace(unit).groups
+        macs = Cost(unit, "macs", self.image_size)
+        return account(groups, self._scores(unit, groups, evidence), plan, named_tensors(unit), macs)
+
+    def trace(self, unit: Distiller) -> ChannelGraph:
+        """What of a unit may be narrowed; traced anew only when its shapes have changed since the last time."""
+        shapes = [(name, tensor.shape) for name, tensor in named_tensors(unit).items()]
+        if self._traced is None or self._traced[0] != shapes:
+            self._traced = (shapes, trace_channels(unit, self.image_size))
+        return self._traced[1]
+
+    def cuts_before(self, epoch: int) -> bool:
+        """Whether channels are to be cut then, not only set to 0."""
+        return epoch in self.epochs and epoch not in self.soft_epochs
+
+    def is_behind(self, epoch: int, left: float) -> bool:
+        """Whether more is left than may be once channels have been cut before an epoch."""
+        return epoch > max(self.soft_epochs, default=-1) and left > self.due(epoch)
 
     def due(self, epoch: int) -> float:
         """Share of the uncut cost that may be left from an epoch on."""
@@ -182,7 +222,7 @@ class Pruner:
         return max(group.width, *found)
 
     def _cost(self, unit: Distiller) -> Cost:
-        return Cost(unit, self.budget, self.image_size, self.device)
+        return Cost(unit, self.budget, self.image_size, self.device, self.runtime)
 
     def _measure(
         self, unit: Distiller, groups: list[ChannelGroup], teachers: Mapping[str, Teacher], batches: Iterable[Batch]
@@ -223,7 +263,15 @@ class Pruner:
         steps = [group.step(self.round_to) for group in groups]
         bounds = [self.limits.of(group, self._uncut_width(group), step, done) for group, step in zip(groups, steps)]
         floors, caps = [low for low, _ in bounds], [high for _, high in bounds]
-        return meet_budget(groups, scores, named_tensors(unit), budget, cost.after, steps, floors, caps)
+        tensors = named_tensors(unit)
+        if self.budget != "latency":
+            return meet_budget(groups, scores, tensors, budget, cost.after, steps, floors, caps)
+        macs = Cost(unit, "macs", self.image_size)
+
+        def plan_at(share: float) -> Plan:
+            return meet_budget(groups, scores, tensors, share * macs.now(), macs.after, steps, floors, caps)[0]
+
+        return meet_measured(plan_at, cost.after, budget, cost.now())
 
 
 def _told(whole: Mapping[str, str]) -> str:
@@ -242,13 +290,26 @@ def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:
     return Plan.from_json(broadcast_object_list(shared)[0])
 
 
-def cut_everywhere(plan: Plan, unit: Distiller, ema: EMA | None, optimizer: Optimizer) -> None:
+def cut_everywhere(
+    plan: Plan, unit: Distiller, ema: EMA | None, optimizer: Optimizer, offsets: Mapping[str, Tensor] | None = None
+) -> None:
     """Applies a plan to student, adapters, averaged copy and optimizer state, or to none of them.
 
     The plan enters the history of the student and of its averaged copy.
+
+    Args:
+        plan: of the unit.
+        unit: the student with its adapters, bare of any wrapper.
+        ema: its averaged copy.
+        optimizer: of the unit's parameters.
+        offsets: what takes the place of the removed channels in both, see `distill.pruning.folding`.
+
+    Raises:
+        ValueError, RuntimeError: see `students.apply_plan`; nothing has changed then.
     """
     of_student = plan.below("student.")
     targets = [(unit, plan)] + ([(ema.module, of_student)] if ema else [])
     apply_plan(targets, [optimizer])
     for detector in (unit.student, ema.module) if ema else (unit.student,):
+        add_offsets(detector, of_student, offsets or {})
         detector.plans.append(of_student)

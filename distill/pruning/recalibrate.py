@@ -1,5 +1,6 @@
 """After a cut the activations that remain have other statistics than the batch norms remember: measure them again."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from distill.data import Batch, DetectionDataset, MixedDataset, collate_samples
 from distill.measure import eval_mode
+
+PIXELS = 3_000_000  # of images, which is 8 of 640x640
 
 
 @torch.no_grad()
@@ -41,6 +44,25 @@ def _cumulative(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
         for norm, (momentum, training, tracked) in zip(norms, before):
             norm.momentum, norm.training = momentum, training
             norm.num_batches_tracked.copy_(tracked)
+
+
+@torch.no_grad()
+def share_statistics(source: nn.Module, target: nn.Module) -> None:
+    """Gives a detector's running statistics to another of the same shape, such as its averaged copy's to a student.
+
+    Training moves them on within a few steps, so what is exact for the copy, which is evaluated, is enough for the
+    student.
+    """
+    statistics = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(statistics[name])
+
+
+def batches_needed(batch_size: int, image_size: tuple[int, int], most: int = 8) -> int:
+    """Batches that statistics of channels take: what counts is positions, of which few large images have as many."""
+    pixels = batch_size * image_size[0] * image_size[1]
+    return max(1, min(most, math.ceil(PIXELS / pixels)))
 
 
 def calibration_batches(

@@ -123,3 +123,21 @@ def test_folders_that_do_not_hold_together(build_tiny, tmp_path):
     whole = (tmp_path / "student/model.safetensors").read_bytes()
     saved("model.safetensors", whole[: len(whole) // 2])
     refuse("student: does not hold together")
+
+
+def test_a_new_detector_can_start_as_narrow_as_a_saved_one(build_tiny, images, tmp_path):
+    students.save(twice_cut(build_tiny), tmp_path / "student")
+    new = build_tiny(seed=1)
+    weight = new.head.class_logits.weight.detach().clone()
+    students.narrow(new, tmp_path / "student")
+    # of the even ones that stayed first, every other one stayed then
+    assert torch.equal(new.head.class_logits.weight, weight[:, [2, 6, 10, 14]])
+    students.save(new, tmp_path / "new")
+    assert all(map(torch.equal, outputs(students.load(tmp_path / "new"), images), outputs(new, images)))
+
+    with pytest.raises(ValueError, match=r"nowhere: is no detector folder, it has no plans\.json"):
+        students.narrow(build_tiny(), tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match=r"student: was cut from a detector of another recipe .*of width 16; here it is 8"
+    ):
+        students.narrow(build_tiny(channels=8), tmp_path / "student")

@@ -172,7 +172,8 @@ def test_a_failure_while_the_plan_is_being_applied_changes_nothing(monkeypatch):
         monkeypatch.setattr(plan_module, "_set", fail_at(number))
         try:
             apply_plan([(net, PLAN)], [optimizer])
-        except MemoryError:
+        except RuntimeError as error:
+            assert isinstance(error.__cause__, MemoryError)
             assert same(before, snapshot(net, optimizer)), f"after a failure at change {number}"
         else:
             break
@@ -240,3 +241,23 @@ def test_from_removed_joins_what_loses_the_same_channels():
 def test_below_keeps_only_what_lies_under_the_prefix():
     plan = Plan((Cut(4, KEEP, (("student.a", 0), ("terms.b", 1))), Cut(2, (0,), (("terms.b", 0),))))
     assert plan.below("student.") == Plan((Cut(4, KEEP, (("a", 0),)),))
+
+
+def test_what_fails_on_the_way_names_layer_and_group_and_changes_nothing():
+    class Stubborn(nn.Conv2d):
+        def __setattr__(self, key, value):
+            if key == "in_channels" and value == 2:
+                raise MemoryError("no room")
+            super().__setattr__(key, value)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Stubborn(4, 2, 1))
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.rand(2, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    norm = tuple((f"1.{leaf}", 0) for leaf in ("weight", "bias", "running_mean", "running_var"))
+    plan = Plan((Cut(4, (0, 2), (("0.weight", 0), ("0.bias", 0), *norm, ("2.weight", 1))),))
+    before = snapshot(net, optimizer)
+    with pytest.raises(RuntimeError, match=r"^plan: cutting 2, of the group of 0, failed: no room; nothing was cut$"):
+        apply_plan([(net, plan)], [optimizer])
+    assert same(before, snapshot(net, optimizer))
+    assert net[0].out_channels == 4 and net[1].num_features == 4

@@ -18,6 +18,19 @@ ROWS = [(1, 3.0, 1.0, 1000, 400, 0.10, None, 0.1, 0.1),
         (3, 2.5, 0.9, 700, 250, 0.30, 0.20, 0.3, 0.3),
         (4, 2.2, 0.7, 500, 150, 0.35, 0.25, 0.4, 0.2),
         (5, 2.0, 0.6, 500, 150, 0.45, None, 0.6, 0.3)]  # fmt: skip
+PRUNING = {
+    "budget": "macs",
+    "target": 0.5,
+    "groups": [{"layers": ["stem", "add"], "width": 32}, {"layers": ["tower"], "width": 16}],
+    "cuts": [
+        {"epoch": 2, "left": 0.7, "blocks": [], "groups": [
+            {"layers": ["stem", "add"], "before": 32, "after": 24, "kept": 2.0, "removed": 0.5, "macs_saved": 300}]},
+        {"epoch": 3, "left": 0.5, "blocks": [], "groups": [
+            {"layers": ["stem", "add"], "before": 24, "after": 8, "kept": 3.0, "removed": 1.0, "macs_saved": 200}]},
+    ],
+    "retreats": [{"epoch": 3, "until": 5, "left": 0.4, "objection": "AP 0.010 is under the floor of 0.2"}],
+    "whole": {"shuffle": "chunk is not followed, in <shuffle>"},
+}  # fmt: skip
 COLUMNS = ("epoch", "task", "soft_label", "macs", "params", "ap", "ap_after_cut", "ap_cat", "ap_dog")
 
 
@@ -41,6 +54,7 @@ def run(tmp_path) -> RunFolder:
     for cells in ROWS:
         row = dict(zip(COLUMNS, cells))
         run.append_result(row | {"macs_left": row["macs"] / 1000, "teacher_ap": 0.5, "lr": 0.001, "seconds": 2.0})
+    run.write_pruning(PRUNING)
     return run
 
 

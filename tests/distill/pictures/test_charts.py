@@ -117,3 +117,18 @@ def test_nothing_to_show(tmp_path):
                  charts.draw_classes, charts.draw_precision):  # fmt: skip
         assert draw(empty) is None, draw
     assert charts.draw_widths([]) is None
+
+
+def test_widths_over_the_epochs_and_epochs_that_were_taken_back(run):
+    course = Course.read(run)
+    assert [(group.layers, group.widths, group.macs_saved) for group in course.groups] == [
+        (("stem", "add"), ((0, 32), (2, 24), (3, 8)), 500),
+        (("tower",), ((0, 16),), 0),
+    ]
+    axes = charts.draw_width_course(course).axes[0]
+    # of the one group that was cut: whole, then 24 of 32, then 8
+    assert axes.collections[0].get_array().reshape(-1).tolist() == [1, 1, 0.75, 0.25, 0.25, 0.25]
+    (shaded,) = [patch for patch in charts.draw_ap(course).axes[0].patches if patch.get_gid() == "retreat"]
+    assert (shaded.get_x(), shaded.get_x() + shaded.get_width()) == (3, 5)
+    run.write_pruning({"groups": [], "cuts": [], "retreats": [], "whole": {}})
+    assert charts.draw_width_course(Course.read(run)) is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.measure import count_macs
-from distill.pruning.budget import keep_counts, make_plan, meet_budget
+from distill.pruning.budget import keep_counts, make_plan, meet_budget, meet_measured
 from distill.pruning.cost import Cost
 from distill.pruning.graph import ChannelGroup, Member, find_groups
 from distill.pruning.importance import group_l1
@@ -164,3 +164,19 @@ def test_a_budget_out_of_reach_gives_the_heaviest_plan(build_unit):
     plan, left = meet_budget(groups, scores, named_tensors(unit), 0, after(unit), eights, eights)
     assert left > 0
     assert {len(cut.keep) for cut in plan.cuts} == {8}
+
+
+def test_few_measurements_find_a_measured_budget():
+    # half of the time does not shrink; a plan is the share that it was made for
+    measured = []
+
+    def cost(share):
+        measured.append(share)
+        return 4.0 + 4.0 * share
+
+    found = meet_measured(lambda share: share, cost, budget=6.0, now=8.0)
+    # 6/8 of what can be counted leaves 7; then halfway down to 0 5.5, and halfway up again 6.25, 5.875, 6.06, 5.97
+    assert measured == [0.75, 0.375, 0.5625, 0.46875, 0.515625, 0.4921875]
+    assert found == (0.4921875, 5.96875)  # within 2% of 6
+    assert meet_measured(lambda share: share, cost, budget=3.0, now=8.0) == (0.0, 4.0)  # out of reach: the heaviest
+    assert meet_measured(lambda share: share, cost, budget=9.0, now=8.0) == (1.0, 8.0)

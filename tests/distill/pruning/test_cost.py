@@ -85,3 +85,12 @@ def test_latency_is_that_of_the_student_after_the_plan(build_unit, monkeypatch):
     assert seen[0] == (before, SIZE, "cpu") and seen[1][0] < before
     assert count_parameters(unit.student) == before
     assert cost.after(Plan(())) == 5.0 and seen[2][0] == before
+
+
+def test_latency_in_onnx_runtime_is_that_of_the_exported_student(build_unit):
+    pytest.importorskip("onnxruntime")
+    unit = build_unit()
+    before = {name: tensor.clone() for name, tensor in unit.state_dict().items()}
+    cost = Cost(unit, "latency", SIZE, runtime="onnx")
+    assert 0 < cost.now() < 1000
+    assert unit.training and all(torch.equal(tensor, before[name]) for name, tensor in unit.state_dict().items())

@@ -4,6 +4,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import students
+from distill.distiller import Distiller
 from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.graph import find_groups
@@ -192,3 +194,15 @@ def test_patterns_and_importances_that_do_not_fit_are_told(build_unit, build_tin
         norm.running_mean, norm.running_var = None, None
     with pytest.raises(UserError, match=r"^pruning.importance: no batch norm follows student\S+, so it has no scale"):
         pruner_for(unit, importance="bn_scale")
+
+
+@pytest.mark.parametrize("backbone", ["regnety_002", "ghostnet_100", "cspresnet50"])
+def test_plans_of_grouped_and_split_channels_rebuild_the_same_bits(build_tiny, images, tmp_path, backbone):
+    # whole groups of convolutions, channels that blocks split at a number of their own
+    detector = build_tiny(backbone=backbone)
+    unit = Distiller(detector)
+    cut_everywhere(pruner_for(unit).plan(unit, 3), unit, None, torch.optim.SGD(unit.parameters(), lr=0.1))
+    students.save(detector, tmp_path / "student")
+    loaded = students.load(tmp_path / "student")
+    assert loaded.plans == detector.plans and detector.plans[0].cuts
+    assert all(map(torch.equal, outputs(loaded, images), outputs(detector.eval(), images)))

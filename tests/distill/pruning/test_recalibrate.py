@@ -3,7 +3,12 @@ import torch
 from torch import nn
 
 from distill.data import DetectionDataset, build_resize, open_index
-from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
+from distill.pruning.recalibrate import (
+    batches_needed,
+    calibration_batches,
+    recalibrate_batch_norms,
+    share_statistics,
+)
 
 
 def test_running_statistics_are_the_mean_over_batches():
@@ -60,3 +65,22 @@ def test_statistics_of_a_detector_fit_its_images(build_tiny, images):
     # normalised by the statistics of these very images: zero mean, unit variance a channel
     assert torch.allclose(seen[0].mean(dim=(0, 2, 3)), torch.zeros(16), atol=1e-4)
     assert torch.allclose(seen[0].std(dim=(0, 2, 3)), torch.ones(16), atol=1e-2)
+
+
+def test_fewer_batches_of_large_images_are_needed():
+    assert batches_needed(8, (640, 640)) == 1
+    assert batches_needed(2, (640, 640)) == 4
+    assert batches_needed(4, (96, 96)) == 8
+    assert batches_needed(16, (2000, 2000)) == 1
+
+
+def test_a_student_takes_its_averages_statistics_and_nothing_else(build_tiny):
+    source, target = build_tiny(seed=0), build_tiny(seed=1)
+    for name, buffer in source.named_buffers():
+        if "running" in name:
+            buffer.fill_(3.0)
+    weights = [p.clone() for p in target.parameters()]
+    share_statistics(source, target)
+    found = [buffer for name, buffer in target.named_buffers() if "running" in name]
+    assert found and all((buffer == 3.0).all() for buffer in found)
+    assert all(map(torch.equal, target.parameters(), weights))

@@ -1,0 +1,213 @@
+"""What a cut costs and what is won back: one student, one budget of epochs, cut in several ways and not at all.
+
+    python benchmarks/recovery.py --sets scenes bccd --seeds 3 --data ../shared/data
+
+Every finished arm is kept under --output, and a second start goes on from there. Writes --output/recovery.json and the
+section of docs/pruning.md.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be a benchmark
+
+from benchmarks.arms import ROOT, interval, markdown, replace_section, run_arm, setting
+from distill import latency
+from distill.config import read_yaml
+from distill.report import counted
+from distill.run_folder import RunFolder
+
+SETS = {
+    "scenes": (
+        "Drawn scenes (`configs/quickstart.yaml`, 1000 images)",
+        "configs/quickstart.yaml",
+        ["data.root=runs/scenes1000", "data.synthetic.train=1000"],
+    ),
+    "bccd": ("BCCD (`configs/bccd.yaml` at 160x120 px)", "configs/bccd.yaml", ["data.image_size=[120,160]"]),
+    "fod": ("FOD (`configs/fod.yaml`)", "configs/fod.yaml", []),
+}
+PLAIN = ["teacher=null", "losses={}"]
+UNPRUNED, OURS = "unpruned, plain", "cut between epochs + distillation"
+TITLE = "What is won back"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to come to a student of some size.
+
+    Attributes:
+        taught: by the teacher, with the recipe's losses.
+        cuts: `gradual` between epochs, in `one` shot, or `none`.
+        widths_of: the arm whose widths it starts with.
+    """
+
+    taught: bool
+    cuts: str = "none"
+    widths_of: str | None = None
+
+
+WAYS = {
+    OURS: Arm(taught=True, cuts="gradual"),
+    "one-shot cut + distillation": Arm(taught=True, cuts="one"),
+    "one-shot cut, fine-tuned without a teacher": Arm(taught=False, cuts="one"),
+    "same widths from the start + distillation": Arm(taught=True, widths_of=OURS),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["scenes", "bccd"])
+    parser.add_argument("--removed", nargs="+", type=int, default=[50, 70], metavar="PERCENT", help="of the MACs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12, help="of every student")
+    parser.add_argument("--data", default="../shared/data", help="folder that holds bccd and fod")
+    parser.add_argument("--output", type=Path, default=Path("runs/recovery"))
+    args = parser.parse_args()
+    results = {}
+    for name in args.sets:
+        _, config, base = SETS[name]
+        overrides = base if name == "scenes" else [*base, f"data.root={args.data}/{name}"]
+        for seed in range(args.seeds):  # a seed of all arms before the next, so that they can be compared early
+            results[name] = compare(args.output / name, config, overrides, args.removed, seed + 1, args.epochs)
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / "recovery.json").write_text(json.dumps(results, indent=2) + "\n")
+            print(f"{name}, {seed + 1} of {args.seeds} seeds\n{table(results[name])}", flush=True)
+    file = ROOT / "docs" / "pruning.md"
+    file.write_text(replace_section(file.read_text(), TITLE, section(results, args.seeds, args.epochs)))
+
+
+def compare(
+    folder: Path, config: str, base: Sequence[str], removed: Sequence[int], seeds: int, epochs: int
+) -> dict[str, Any]:
+    """Trains the teacher and all arms on one data set that are not there yet, and times all students in turns."""
+    folder = folder.resolve()
+    as_student = read_yaml(ROOT / config)["teacher"]
+    alone = [setting("student", as_student["detector"]), setting("train", as_student["train"])]
+    taught_by = run_arm(folder / "teacher", config, [*base, *PLAIN, "pruning=null", *alone])["student"]
+    arms: dict[str, dict[str, Any]] = {UNPRUNED: {"removed": 0, "seeds": []}}
+    arms |= {name_of(way, share): {"removed": share, "seeds": []} for share in removed for way in WAYS}
+    students: dict[Path, dict[str, Any]] = {}
+    for seed in range(seeds):
+        places = {arm: folder / re.sub(r"\W+", "_", arm).strip("_") / f"seed{seed}" for arm in arms}
+        shared = [*base, f"train.epochs={epochs}", f"seed={seed}"]
+        run_arm(places[UNPRUNED], config, [*shared, *PLAIN, "pruning=null"])
+        for share in removed:
+            for way, arm in WAYS.items():
+                widths_of = places[name_of(arm.widths_of, share)] if arm.widths_of else None
+                overrides = overrides_of(arm, share, epochs, folder, widths_of)
+                run_arm(places[name_of(way, share)], config, [*shared, *overrides])
+        for arm, place in places.items():
+            students[place] = describe(RunFolder(place))
+            arms[arm]["seeds"].append(students[place])
+    for entry, milliseconds in zip(students.values(), time_students(list(students))):
+        entry["latency_ms"] = milliseconds
+    return {"teacher": {key: taught_by[key] for key in ("ap", "macs")}, "arms": arms}
+
+
+def name_of(way: str, removed: int) -> str:
+    """An arm, as it is called in results and on disk."""
+    return f"{way}, -{removed}%"
+
+
+def overrides_of(arm: Arm, removed: int, epochs: int, folder: Path, widths_of: Path | None) -> list[str]:
+    """What an arm changes of the recipe."""
+    changes = [setting("teacher", {"path": str(folder / "teacher" / "student")})] if arm.taught else PLAIN
+    first, last = cut_between(epochs)
+    if arm.cuts == "none":
+        return [*changes, "pruning=null", f"widths_of={widths_of / 'student'}"]
+    when = [f"pruning.start={first if arm.cuts == 'gradual' else last}", f"pruning.end={last}"]
+    return [*changes, *when, f"pruning.target={1 - removed / 100:g}", "pruning.evaluate=true"]
+
+
+def cut_between(epochs: int) -> tuple[int, int]:
+    """The epochs, counted from 0, before which cuts begin and end; two thirds are left to recover in."""
+    return round(epochs / 9), round(epochs / 3)
+
+
+def describe(run: RunFolder) -> dict[str, Any]:
+    """What a finished arm gives to the tables; AP right after the last cut is on the val split, before any training."""
+    student = run.summary["student"]
+    right_after = [row["ap_after_cut"] for row in run.read_results() if row.get("ap_after_cut") is not None]
+    return {
+        "ap": student["ap"],
+        "ap50": student["ap50"],
+        "macs": student["macs"],
+        "params": student["params"],
+        "ap_right_after": right_after[-1] if right_after else None,
+    }
+
+
+def time_students(places: Sequence[Path], repeats: int = 30) -> list[float]:
+    """Milliseconds of one image with the student of each run, median; they take turns."""
+    candidates = [
+        candidate
+        for place in places
+        for candidate in latency.build(place / "student", ["eager"], "raw", 1, torch.get_num_threads())
+    ]
+    return [entry["median_ms"] for entry in latency.run(candidates, 1, repeats)]
+
+
+def table(result: dict[str, Any]) -> str:
+    """All arms of one data set, by what was removed; AP in points."""
+    arms = result["arms"]
+    uncut_ms = mean(entry["latency_ms"] for entry in arms[UNPRUNED]["seeds"])
+    rows = [
+        ["teacher", f"{100 * result['teacher']['ap']:.1f}", "", "", f"{result['teacher']['macs'] / 1e6:.0f}M", "", ""]
+    ]
+    for arm, entry in arms.items():
+        seeds = entry["seeds"]
+        spread = with_spread([run["ap"] for run in seeds])
+        against = with_spread([run["ap"] - plain["ap"] for run, plain in zip(seeds, arms[UNPRUNED]["seeds"])])
+        right_after = [run["ap_right_after"] for run in seeds]
+        milliseconds = mean(run["latency_ms"] for run in seeds)
+        rows.append(
+            [
+                arm,
+                spread,
+                "" if arm == UNPRUNED else against,
+                "" if None in right_after else with_spread(right_after),
+                f"{mean(run['macs'] for run in seeds) / 1e6:.0f}M",
+                f"{milliseconds:.1f} ms",
+                f"{uncut_ms / milliseconds:.2f}x",
+            ]
+        )
+    return markdown(["", "AP", "against unpruned", "right after the last cut", "MACs", "latency", "speed"], rows)
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Mean and 95% interval in points of AP."""
+    middle, half = interval(values)
+    return f"{100 * middle:.1f}" + (f" +- {100 * half:.1f}" if len(values) > 1 else "")
+
+
+def section(results: dict[str, Any], seeds: int, epochs: int) -> str:
+    """The section of docs/pruning.md."""
+    first, last = (epoch + 1 for epoch in cut_between(epochs))
+    on = counted(torch.get_num_threads(), "thread")
+    text = f"""Every student is trained for {epochs} epochs in all, by the recipe's optimizer, importance and ranking.
+Cuts between epochs come before epochs {first} to {last}, one-shot cuts before epoch {last}. *Same widths from the
+start* has the widths that the cuts between epochs came to, and the recipe's first weights (random for the scenes,
+ImageNet's for the others) cut likewise, so it knows nothing of what was learnt before a cut. AP in points on the
+recipe's test split, mean over {counted(seeds, "seed")} and its 95% interval; right after the last cut, before any
+training, it is AP on val. *Against unpruned* compares seed by seed. Latency is that of one image, eager mode, {on} of a
+CPU, all students in turns.
+
+```
+python benchmarks/recovery.py --sets {" ".join(results)} --seeds {seeds} --epochs {epochs}
+```
+"""
+    return text + "".join(f"\n### {SETS[name][0]}\n\n{table(result)}" for name, result in results.items())
+
+
+if __name__ == "__main__":
+    main()
