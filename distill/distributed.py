@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import nn
 
 from distill.errors import UserError
@@ -30,6 +30,7 @@ def release(accelerator: Accelerator, unit: nn.Module) -> None:
 
     A distributed wrapper keeps buckets and hooks for the old shapes and must be gone before a new one is made; the
     caller drops its own reference first. The mixed-precision patch of `forward` comes off too, or it would pile up.
+    What was compiled for the old shapes is forgotten: torch gives compiling up after a few shapes.
 
     Args:
         accelerator: which prepared the unit.
@@ -39,6 +40,9 @@ def release(accelerator: Accelerator, unit: nn.Module) -> None:
         accelerator._models.remove(wrapped)
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         del wrapped
+    unit._is_accelerate_prepared = False  # or it would stay as it is now, in full precision and uncompiled
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        torch.compiler.reset()
     gc.collect()
 
 
