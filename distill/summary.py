@@ -222,8 +222,9 @@ def comparison(
     """
     teacher = entries.get(reference)
     entries = {title: entry for title, entry in entries.items() if entry is not None}
-    known = [entry for entry in entries.values() if entry and entry["params"] is not None]
-    masked = any(entry.get("nonzero", entry["params"]) < entry["params"] for entry in known)
+    known = [entry for entry in entries.values() if entry["params"] is not None]
+    # a few weights of pretrained networks are 0 without any mask
+    masked = any(entry.get("nonzero", entry["params"]) < 0.99 * entry["params"] for entry in known)
     rows = []
     for title, entry in entries.items():
         scores = [human_ap(entry[key]) for key in ("ap", "ap50", "ap75")]

@@ -102,10 +102,11 @@ class Masks:
             scores = {name: measured[f"student.{name}"] for name in weights}
         else:
             scores = {name: weight.detach().float().abs() for name, weight in weights.items()}
-        # what is 0 already is worth less than anything else
-        scores = {name: score.masked_fill(weights[name] == 0, -1.0) for name, score in scores.items()}
+        # what is 0 already is worth less than anything else, and stays so, however much it is
+        zeros = {name: weight.detach() == 0 for name, weight in weights.items()}
+        scores = {name: score.masked_fill(zeros[name], -1.0) for name, score in scores.items()}
         if self.pattern:
-            return {name: _least_of_each(score, *self.pattern) for name, score in scores.items()}
+            return {name: _least_of_each(score, *self.pattern) | zeros[name] for name, score in scores.items()}
         if self.kind == "kernels":
             scores = {name: score.mean(dim=(2, 3), keepdim=True) for name, score in scores.items()}
         if self.ranking == "global":
@@ -114,7 +115,7 @@ class Masks:
             gone = dict(zip(scores, _least(joined, self.due(epoch)).split(sizes)))
         else:
             gone = {name: _least(score.flatten(), self.due(epoch)) for name, score in scores.items()}
-        return {name: gone[name].view_as(scores[name]).expand_as(weight) for name, weight in weights.items()}
+        return {name: gone[name].view_as(scores[name]) | zeros[name] for name in weights}
 
     def follow(self, student: Detector, epoch: int) -> None:
         """Looks where the student is 0, at the start of an epoch or in its middle; nothing is held before `epochs`."""

@@ -75,7 +75,7 @@ def test_two_of_four_neighbouring_inputs_stay():
     masks = Masks("2:4", [0])
     masks.check(student)
     mask = masks.choose(unit, 0, {}, ())["conv.weight"]
-    assert mask[0, :, 0, 0].tolist() == [False, True, True, False, False, True, True, False]
+    assert mask[0, :, 0, 0].tolist() == [False, True, True, False, True, True, True, False]  # all that was 0
     assert mask[0, :, 0, 1].tolist() == [True, True, False, False, False, False, True, True]
 
 
@@ -131,6 +131,18 @@ def test_what_is_held_stays_0_through_training_averaging_and_cuts(make_trained, 
             assert int(fours.max()) == 2
     zeros = sum(int((p == 0).sum()) for p in unit.student.parameters() if p.dim() > 1)
     assert count_nonzero(unit.student) == count_parameters(unit.student) - zeros < count_parameters(unit.student)
+
+
+def test_what_is_0_already_counts_and_stays(unit):
+    weight = unit.student.head.box_tower[0].conv.weight
+    with torch.no_grad():
+        weight[: len(weight) // 4] = 0.0
+        weight[-1] *= 1e-6
+    name, quarter = "head.box_tower.0.conv.weight", len(weight) // 4
+    mask = masks_for(unit, sparsity=0.25).choose(unit, 0, {}, ())[name]
+    assert mask[:quarter].all() and not mask[quarter:].any()
+    mask = masks_for(unit, sparsity=0.1).choose(unit, 0, {}, ())[name]  # less than is 0
+    assert mask[:quarter].all() and not mask[quarter:].any()
 
 
 def test_nothing_is_held_before_its_time(unit):
