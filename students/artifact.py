@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,9 @@ def load(folder: str | Path) -> Detector:
         raise ValueError(f"{folder}: is no detector folder, it has no {missing[0]}; give {near}")
     try:
         content = json.loads((folder / RECIPE).read_text())
-        detector = build(**content["recipe"])
+        plans = [Plan.from_json(plan) for plan in json.loads((folder / PLANS).read_text())]
+        detector = rebuild(content["recipe"], plans)
         detector.info = content["info"]
-        for plan in map(Plan.from_json, json.loads((folder / PLANS).read_text())):
-            cut(detector, plan)
         detector.load_state_dict(load_file(folder / WEIGHTS))
     except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -97,6 +97,30 @@ def load(folder: str | Path) -> Detector:
 def read_info(folder: str | Path) -> dict[str, Any]:
     """The facts that were saved beside a detector."""
     return json.loads((Path(folder) / RECIPE).read_text())["info"]
+
+
+def rebuild(recipe: Mapping[str, Any], plans: Iterable[Plan]) -> Detector:
+    """A new detector of a recipe, cut by plans; its weights are random."""
+    detector = build(**recipe)
+    for plan in plans:
+        cut(detector, plan)
+    return detector
+
+
+def renew_classes(detector: Detector, class_names: Sequence[str]) -> Detector:
+    """The same detector, cuts and weights included, for other classes; what goes by classes starts anew.
+
+    Raises:
+        ValueError: a family whose class layers are not known.
+    """
+    if not detector.class_layers:
+        raise ValueError(f"new_head: the class layers of a {type(detector).__name__} are not known")
+    recipe = {key: value for key, value in detector.recipe.items() if key != "head_classes"}
+    renewed = rebuild(recipe | {"class_names": list(class_names)}, detector.plans)
+    anew, own = set(renewed.class_tensors), renewed.state_dict()
+    renewed.load_state_dict({name: own[name] if name in anew else x for name, x in detector.state_dict().items()})
+    renewed.info, renewed.notes = detector.info, [*renewed.notes, "its class layers start anew"]
+    return renewed
 
 
 def cut(detector: Detector, plan: Plan) -> None:
