@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -127,8 +126,9 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     on_main(accelerator, lambda: build.draw_data(config.data))
     data = build.build_data(config.data, config.seed)
     set_seed(config.seed)
+    student = build.build_student(config, data.class_names)
     detectors = build.build_teachers(config, data.class_names)
-    unit = build.build_unit(config, data.class_names, detectors)
+    unit = build.build_unit(config, student, detectors)
     pruner = build.build_pruner(config, unit, accelerator.device)
 
     folder = RunFolder(config.output_dir)
@@ -294,7 +294,7 @@ def fit(run: Run) -> None:
         log_results(accelerator, results)
         album.update(kept)
 
-    finish(run, kept, evaluate_test, progress.before)
+    finish(run, kept, evaluate_test, progress)
     album.update(kept, last=True)
 
 
@@ -390,9 +390,7 @@ def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detect
     return evaluate
 
 
-def finish(
-    run: Run, kept: Detector, evaluate: Callable[[Detector], EvaluationResult], before: dict[str, Any] | None
-) -> None:
+def finish(run: Run, kept: Detector, evaluate: Callable[[Detector], EvaluationResult], progress: Progress) -> None:
     """Saves the student, writes the summary and prints the table that compares it with its teachers."""
     config, image_size = run.config, run.config.data.image_size
     split, device = config.data.test or config.data.val, run.accelerator.device
@@ -405,8 +403,9 @@ def finish(
         return
     for name, entry in teachers.items():
         entry["latency_ms"] = measure_latency(run.teachers[name].detector, image_size)
-    if before:  # the uncut student, built again for its shape alone
-        uncut = students.build(**kept.recipe).to(device)
+    before = progress.before
+    if before:  # the student as the run started with it, built again for its shape alone
+        uncut = students.rebuild(kept.recipe, kept.plans[: len(kept.plans) - len(progress.plans)]).to(device)
         before = before | {"latency_ms": measure_latency(uncut, image_size)}
     of_student = after | {"latency_ms": measure_latency(kept, image_size)}
     info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}

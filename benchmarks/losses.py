@@ -116,7 +116,7 @@ class Step:
         data = build.build_data(config.data, config.seed)
         detectors = build.build_teachers(config, data.class_names)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.unit = build.build_unit(config, data.class_names, detectors)
+        self.unit = build.build_unit(config, build.build_student(config, data.class_names), detectors)
         self.unit.to(self.device, memory_format=torch.channels_last).train()
         self.teachers = {name: Teacher(detector, self.device) for name, detector in detectors.items()}
         self.unit.bind(detectors)

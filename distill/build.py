@@ -1,5 +1,6 @@
 """From checked settings to objects; the only place that knows both."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from distill.errors import UserError
 from distill.measure import count_macs
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
-from distill.schema import Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig
+from distill.schema import ArtifactConfig, Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig
 from distill.terms import TERMS, KnowledgeTerm
 from students import Detector
 from teachers import ScaledDetector, inherit, speak
@@ -122,16 +123,43 @@ def build_detector(config: DetectorConfig, class_names: list[str], image_size: t
         detector = students.build(class_names=class_names, **config.model_dump())
     except ValueError as error:
         raise UserError(f"{role}.{error}") from None
+    check_image_size(detector, image_size, role)
+    return detector
+
+
+def check_image_size(detector: Detector, image_size: tuple[int, int], role: str) -> None:
+    """Raises a UserError if a detector cannot look at images of a size, such as a transformer of fixed input size."""
     try:
         count_macs(detector, image_size)
-    except (AssertionError, RuntimeError, ValueError) as error:  # such as of a transformer of fixed input size
+    except (AssertionError, RuntimeError, ValueError) as error:
         height, width = image_size
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{role}: {detector.title} does not take images of {width}x{height} px ({reason}); "
             "change data.image_size, or choose another detector"
         ) from error
-    return detector
+
+
+def build_student(config: Config, class_names: list[str]) -> Detector:
+    """The student as the run starts with it: a new one, or the one that the settings give a path to, in train mode."""
+    settings = config.student
+    if not isinstance(settings, ArtifactConfig):
+        return build_detector(settings, class_names, config.data.image_size, "student")
+    if settings.new_head:
+        student = load_detector(settings.path, "student")
+        try:
+            student = students.renew_classes(student, class_names)
+        except ValueError as error:
+            raise UserError(f"student.{error}") from None
+    else:
+        student = load_detector(settings.path, "student", class_names, settings.class_map)
+        if student.unknown:
+            raise UserError(
+                f"student.path: {settings.path} does not know {_some([class_names[x] for x in student.unknown])}; name "
+                "them in student.class_map, or say student.new_head=true to start its class layers anew"
+            )
+    check_image_size(student, config.data.image_size, "student")
+    return student.train()
 
 
 def build_teachers(config: Config, class_names: list[str]) -> dict[str, Detector]:
@@ -140,7 +168,7 @@ def build_teachers(config: Config, class_names: list[str]) -> dict[str, Detector
     for name, teacher in config.all_teachers.items():
         key = config.teacher_key(name)
         if teacher.path is not None:
-            detector = load_teacher(teacher, class_names, key)
+            detector = load_detector(teacher.path, key, class_names, teacher.class_map)
         else:
             image_size = teacher.image_size or config.data.image_size
             detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
@@ -176,22 +204,25 @@ def trains_alike(one: Config, other: Config) -> bool:
     ) and one.data.model_copy(update={"workers": 0}) == other.data.model_copy(update={"workers": 0})
 
 
-def load_teacher(config: TeacherConfig, class_names: list[str], key: str) -> Detector:
-    """The detector of an artifact folder, with its classes in the student's order."""
+def load_detector(
+    path: str, key: str, class_names: list[str] | None = None, class_map: Mapping[str, str | None] | None = None
+) -> Detector:
+    """The detector of an artifact folder; with its classes in the order of `class_names`, if these are given."""
     try:
-        detector = students.load(config.path)
+        detector = students.load(path)
     except ValueError as error:
         raise UserError(f"{key}.path: {error}") from None
+    if class_names is None:
+        return detector
     try:
-        speak(detector, class_names, config.class_map)
+        speak(detector, class_names, class_map)
     except ValueError as error:
         raise UserError(f"{key}.{error}") from None
     return detector
 
 
-def build_unit(config: Config, class_names: list[str], teachers: dict[str, Detector]) -> Distiller:
-    """The student and its knowledge terms, untrained."""
-    student = build_detector(config.student, class_names, config.data.image_size, "student")
+def build_unit(config: Config, student: Detector, teachers: dict[str, Detector]) -> Distiller:
+    """The student and its knowledge terms."""
     if config.inherit:
         try:
             # once more when the teacher is trained; here to see that it fits

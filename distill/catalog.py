@@ -17,6 +17,7 @@ def catalog() -> dict[str, list[str]]:
     return {
         "configs": sorted(f"{path}  {summary_line(path)}" for path in Path("configs").glob("*.yaml")),
         "detectors (student.name)": sorted(FAMILIES),
+        "a detector that is there already (student.path)": ["PATH  the folder of one, such as runs/x/student"],
         "necks (student.neck)": sorted(NECKS),
         "heads (student.head)": sorted(HEADS),
         "backbones (student.backbone)": [

@@ -87,15 +87,44 @@ class SSDConfig(TorchvisionConfig):
     name: Literal["ssd300", "ssdlite320"]
 
 
-def _dense_by_default(value: Any) -> Any:
-    return {"name": "dense", **value} if isinstance(value, dict) else value
+class ArtifactConfig(Section):
+    """A detector that is there already, cuts included: the student of a run, or a trained detector that is to be cut.
+
+    A run counts from what it starts with: a pruning target is a share of what this detector costs, not of what it was
+    once cut from.
+    """
+
+    name: Literal["artifact"]
+    path: str
+    class_map: dict[str, str | None] = {}  # the data's name for a class of its own, or null to leave that class out
+    new_head: bool = False  # start the class layers anew, for whatever classes the data has
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ArtifactConfig":
+        if self.class_map and self.new_head:
+            raise ValueError("new_head starts all class layers anew, so class_map has nothing to map; leave out one")
+        return self
 
 
+def _named(value: Any) -> Any:
+    if not isinstance(value, dict) or "name" in value:
+        return value
+    if value.get("path") is None:
+        return {"name": "dense", **value}
+    if others := [key for key in value if key not in ArtifactConfig.model_fields]:
+        raise ValueError(
+            f"path is a detector that is built already, so {', '.join(others)} cannot be chosen; "
+            f"leave them out: {{path: {value['path']}}}"
+        )
+    return {"name": "artifact", **value}
+
+
+# new ones, by family
 DETECTORS: tuple[type[Section], ...] = (DenseConfig, FCOSConfig, RetinaNetConfig, FasterRCNNConfig, SSDConfig)
 DetectorConfig = Annotated[
-    Union[DETECTORS],  # noqa: UP007
+    Union[(*DETECTORS, ArtifactConfig)],
     Field(discriminator="name"),
-    BeforeValidator(_dense_by_default),
+    BeforeValidator(_named),
 ]
 
 
@@ -317,7 +346,7 @@ LossConfig = Annotated[
 class PruningConfig(Section):
     """Channels are cut at the start of the epochs `start` to `end`, `every` so many, or of given `epochs`."""
 
-    target: Annotated[Number, Field(gt=0, lt=1)]  # what is left at the end, as a share of what the uncut student costs
+    target: Annotated[Number, Field(gt=0, lt=1)]  # what is left at the end, as a share of what the run starts with
     budget: Literal["macs", "params", "memory", "latency"] = "macs"  # memory: of activations; latency: of one image
     start: Annotated[int, Field(ge=0, strict=True)] | None = None
     end: Annotated[int, Field(ge=0, strict=True)] | None = None
@@ -403,6 +432,11 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":
+        if isinstance(self.detector, ArtifactConfig):
+            raise ValueError(
+                f"detector is one to train first; of one that is trained already give the path itself: path: "
+                f"{self.detector.path}"
+            )
         if self.path is None and (self.detector is None or self.train is None):
             raise ValueError(
                 "give path, the folder of a trained detector, or both detector and train to train it first"

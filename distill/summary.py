@@ -13,7 +13,7 @@ from distill.measure import count_macs, count_parameters
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
 from distill.report import counted, human_ap, human_count, human_macs, human_share
-from distill.schema import TEACHER, Config
+from distill.schema import TEACHER, ArtifactConfig, Config
 from distill.terms import KnowledgeTerm
 from students import Detector
 
@@ -42,7 +42,8 @@ def banner_rows(
         + f"{len(data.train.index) if config.data.train else 'nothing to'} train, {len(data.val.index)} val"
         + (f", {len(data.test.index)} test" if data.test is not data.val else "")
         + f"; {len(data.class_names)} classes; {width}x{height} px",
-        role.capitalize(): _title_and_size(unit.student, config.data.image_size),
+        role.capitalize(): _title_and_size(unit.student, config.data.image_size)
+        + (f" ({config.student.path})" if isinstance(config.student, ArtifactConfig) else ""),
     }
     if data.unlabelled is not None:
         rows["Unlabelled"] = unlabelled_row(config, data, unit)
@@ -117,7 +118,9 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
     size = data.get("image_size")
     rows = {"Data": f"{data.get('root')}" + (f", {size[1]}x{size[0]} px" if isinstance(size, list) else "")}
     rows["Student"] = ", ".join(
-        str(student[key]) for key in ("name", "backbone", "neck", "channels") if student.get(key) not in (None, "dense")
+        str(student[key])
+        for key in ("name", "path", "backbone", "neck", "channels")
+        if student.get(key) not in (None, "dense", "artifact")
     )
     for name, teacher in teachers.items():
         if teacher:
