@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -41,7 +41,7 @@ from distill.pruning.pruner import Pruner, agree, cut_everywhere
 from distill.pruning.recalibrate import calibration_batches, recalibrate_batch_norms
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run_folder import OF_TEACHERS, RunFolder
-from distill.schema import TEACHER, Config
+from distill.schema import TEACHER, ArtifactConfig, Config
 from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
 from distill.trouble import in_plain_words
@@ -127,12 +127,12 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     data = build.build_data(config.data, config.seed)
     set_seed(config.seed)
     student = build.build_student(config, data.class_names)
-    detectors = build.build_teachers(config, data.class_names)
+    detectors = build.build_teachers(config, data.class_names, student)
     unit = build.build_unit(config, student, detectors)
     pruner = build.build_pruner(config, unit, accelerator.device)
 
     folder = RunFolder(config.output_dir)
-    untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.path is None}
+    untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.trained_first}
     if not resume:
         settings = config.model_dump(mode="json")
         kept = OF_TEACHERS if untrained else ()
@@ -187,7 +187,6 @@ def fit(run: Run) -> None:
     config, unit, teachers, accelerator, report = run.config, run.unit, run.teachers, run.accelerator, run.report
     settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
-    unit.bind({name: teacher.detector for name, teacher in teachers.items()})
     resumes = bool(find_checkpoints(run.folder.checkpoints))
     if config.inherit and not resumes:
         taken = inherit(student, next(iter(teachers.values())).detector, config.inherit)
@@ -196,22 +195,38 @@ def fit(run: Run) -> None:
     optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
     ema = EMA(student, settings.ema) if settings.ema else None
     kept = ema.module if ema else student  # the weights that are evaluated and saved
+    for name in config.teachers_itself("ema"):
+        teachers[name].detector = kept
+    unit.bind({name: teacher.detector for name, teacher in teachers.items()})
     progress = Progress(uncut_macs=count_macs(student, image_size), processes=accelerator.num_processes)
     if resumes:
         progress = load_checkpoint(run.folder.checkpoints, unit, ema, optimizer, accelerator)
         within = f", {progress.within.step} steps of the next" if progress.within else ""
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
+    originals = config.teachers_itself("original")
+    asleep = [] if progress.before or isinstance(config.student, ArtifactConfig) else originals
+    unit.silence(asleep)
+    if originals and not asleep:
+        keep_originals(run, originals, there=resumes)
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
-    teacher_aps = {name: evaluate_val(teacher.detector).ap for name, teacher in teachers.items()}
-    teacher_ap = teacher_aps.get(best(teacher_aps))
-    untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
-    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items()}
-    album = Album(run.folder, run.data, shown, accelerator, report)
+    teacher_aps: dict[str, float | None] = {}
+    untouched: dict[str, str] = {}
+    album = Album(run.folder, run.data, accelerator, report)
+
+    def meet_teachers(names: Iterable[str]) -> None:
+        for name in names:
+            detector = teachers[name].detector
+            untouched[name] = fingerprint(detector)
+            teacher_aps[name] = evaluate_val(detector).ap
+            album.show(teacher_title(name), detector)
+
+    others = [name for name, teacher in config.all_teachers.items() if teacher.itself != "ema"]
+    meet_teachers(name for name in others if name not in asleep)
     seconds: list[float] = []
     reported: set[str] = set()
     for epoch in range(progress.epoch, epochs):
@@ -221,12 +236,19 @@ def fit(run: Run) -> None:
         # every epoch draws from a seed of its own, so that a resumed run goes on alike without any saved random state
         set_seed((config.seed * 100_003 + epoch) % 2**31, device_specific=True)
 
-        plan = None
+        plan, woken = None, False
         if starts and run.pruner and epoch in run.pruner.epochs:
             plan = plan_cut(run, epoch)
         if plan:  # it is empty where the last cut already took this one's share
             if progress.before is None:
                 progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+                if asleep:  # of all ranks alike, as evaluating has shared the buffers
+                    for name in asleep:
+                        teachers[name].detector.load_state_dict(kept.state_dict())
+                    keep_originals(run, asleep)
+                    meet_teachers(asleep)
+                    unit.silence(())
+                    asleep, woken = [], True
             uncut = size(student, image_size)
             del trained  # a distributed wrapper would hold on to the old shapes
             release(accelerator, unit)
@@ -258,7 +280,7 @@ def fit(run: Run) -> None:
             within.seconds = time.perf_counter() - began
             save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
 
-        if starts and unit.terms and epoch % config.guards.every == 0:
+        if starts and unit.terms and (epoch % config.guards.every == 0 or woken):
             enter_step(0)
             look_at_losses(run)
             check_unchanged(teachers, untouched)
@@ -279,8 +301,9 @@ def fit(run: Run) -> None:
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
         cost = {"macs": macs, "macs_left": macs / progress.uncut_macs, "params": count_parameters(student)}
-        others = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if teachers else {})
-        results = results_row(epoch + 1, losses, cost, result, others, lr, seconds[-1])
+        teacher_ap = teacher_aps.get(best(teacher_aps))
+        other_aps = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if others else {})
+        results = results_row(epoch + 1, losses, cost, result, other_aps, lr, seconds[-1])
         if accelerator.is_main_process:
             run.folder.append_result(results)
         # after the row: a run that is killed between the two writes the row again, and never misses one
@@ -288,14 +311,25 @@ def fit(run: Run) -> None:
         row = {"epoch": f"{epoch + 1}/{epochs}", **losses}
         row |= {"macs_left": cost["macs_left"]} if run.pruner else {}
         row |= {"AP": result.ap, "AP50": result.ap50}
-        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if teachers else {}
+        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if others else {}
         time_left = mean(seconds[-3:]) * (epochs - epoch - 1)
         report.epoch_row(row | {"lr": lr, "epoch_time": seconds[-1], "time_left": time_left})
         log_results(accelerator, results)
         album.update(kept)
 
-    finish(run, kept, evaluate_test, progress)
+    finish(run, kept, evaluate_test, progress, [name for name in others if name in teacher_aps])
     album.update(kept, last=True)
+
+
+def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:
+    """Puts teachers that are the student as it was into the run folder; where they are `there`, takes them from it."""
+    info = {"image_size": list(run.config.data.image_size), "resize": run.config.data.resize}
+    for name in names:
+        folder, detector = run.folder.teacher(name), run.teachers[name].detector
+        if there:
+            detector.load_state_dict(build.load_detector(str(folder), run.config.teacher_key(name)).state_dict())
+        elif run.accelerator.is_main_process:
+            students.save(detector, folder, info)
 
 
 def plan_cut(run: Run, epoch: int) -> Plan:
@@ -308,7 +342,8 @@ def plan_cut(run: Run, epoch: int) -> Plan:
 def look_at_losses(run: Run) -> None:
     """Warns, or stops the run, where a knowledge loss teaches nothing or drowns the task."""
     batch = find_objects(run.unit, run.teachers, run.calibration_batches())
-    for line in check_terms(run.unit, run.teachers, batch, run.config.guards.dominates) if batch else ():
+    alike = [name for name, teacher in run.config.all_teachers.items() if teacher.itself]
+    for line in check_terms(run.unit, run.teachers, batch, run.config.guards.dominates, alike) if batch else ():
         if run.config.guards.dominating_term == "stop":
             raise UserError(line)
         run.report.warn(line)
@@ -390,14 +425,20 @@ def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detect
     return evaluate
 
 
-def finish(run: Run, kept: Detector, evaluate: Callable[[Detector], EvaluationResult], progress: Progress) -> None:
-    """Saves the student, writes the summary and prints the table that compares it with its teachers."""
+def finish(
+    run: Run,
+    kept: Detector,
+    evaluate: Callable[[Detector], EvaluationResult],
+    progress: Progress,
+    compared: Sequence[str],
+) -> None:
+    """Saves the student, writes the summary and prints the table that compares it with its teachers, by name."""
     config, image_size = run.config, run.config.data.image_size
     split, device = config.data.test or config.data.val, run.accelerator.device
     after = describe(evaluate(kept), kept, image_size)
     teachers = {
-        name: describe(evaluate(teacher.detector), teacher.detector, image_size)
-        for name, teacher in run.teachers.items()
+        name: describe(evaluate(run.teachers[name].detector), run.teachers[name].detector, image_size)
+        for name in compared
     }
     if not run.accelerator.is_main_process:
         return

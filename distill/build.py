@@ -1,5 +1,6 @@
 """From checked settings to objects; the only place that knows both."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from distill.measure import count_macs
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
 from distill.schema import ArtifactConfig, Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig
-from distill.terms import TERMS, KnowledgeTerm
+from distill.terms import TERMS, FeatureTerm, KnowledgeTerm
+from distill.terms.adapter import ChannelSelection
 from students import Detector
 from teachers import ScaledDetector, inherit, speak
 
@@ -162,12 +164,17 @@ def build_student(config: Config, class_names: list[str]) -> Detector:
     return student.train()
 
 
-def build_teachers(config: Config, class_names: list[str]) -> dict[str, Detector]:
-    """The teachers: loaded where the settings give a path, else untrained, to be trained or just to be looked at."""
+def build_teachers(config: Config, class_names: list[str], student: Detector) -> dict[str, Detector]:
+    """The teachers: loaded where the settings give a path, else untrained, to be trained or just to be looked at.
+
+    One that is the student itself is a copy of it so far.
+    """
     teachers = {}
     for name, teacher in config.all_teachers.items():
         key = config.teacher_key(name)
-        if teacher.path is not None:
+        if teacher.itself:
+            detector = copy.deepcopy(student)
+        elif teacher.path is not None:
             detector = load_detector(teacher.path, key, class_names, teacher.class_map)
         else:
             image_size = teacher.image_size or config.data.image_size
@@ -231,6 +238,9 @@ def build_unit(config: Config, student: Detector, teachers: dict[str, Detector])
             raise UserError(str(error)) from None
     taught_by = {name: config.teacher_of(name) for name in config.losses}
     terms = {name: build_term(loss, student, teachers[taught_by[name]], name) for name, loss in config.losses.items()}
+    for name, term in terms.items():
+        if config.pruning and config.all_teachers[taught_by[name]].itself == "ema":
+            check_follows(term, f"losses.{name}", config.losses[name].name)
     combiner = Combiner(
         {name: config.weight_of(name) for name in config.losses},
         {name: WeightSchedule(**loss.schedule.model_dump()) for name, loss in config.losses.items()},
@@ -255,6 +265,17 @@ def build_term(config: TermConfig, student: Detector, teacher: Detector, name: s
             "class_map, or choose a loss over features"
         )
     return term
+
+
+def check_follows(term: KnowledgeTerm, key: str, kind: str) -> None:
+    """Raises a UserError where a teacher that is cut along with the student would leave a term's layers behind."""
+    if all(isinstance(layer, ChannelSelection) for layer in term.output_layers):
+        return
+    way_out = f"say {key}.adapter=select" if isinstance(term, FeatureTerm) else "choose another loss"
+    raise UserError(
+        f"{key}.name: {kind} has layers as wide as its teacher, and the student's average, ema, is cut along with the "
+        f"student; {way_out}, or leave out pruning"
+    )
 
 
 def build_pruner(config: Config, unit: Distiller, device: torch.device | None = None) -> Pruner | None:

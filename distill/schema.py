@@ -421,28 +421,44 @@ class TrainConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A detector folder (`path`), or a detector to train first (`detector` and `train`); a given path wins."""
+    """A detector folder (`path`), the student itself, or a detector to train first (`detector` and `train`), which the
+    others win over. `teacher: original` is short for `teacher: {itself: original}`."""
 
     path: str | None = None
+    # the student as it was before the first cut of this run, or its own average as it stands (Mean Teacher, 1703.01780)
+    itself: Literal["original", "ema"] | None = None
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
     detector: DetectorConfig | None = None
     train: TrainConfig | None = None
 
+    @property
+    def trained_first(self) -> bool:
+        """Whether the run has to train it."""
+        return self.path is None and self.itself is None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_short(cls, value: Any) -> Any:
+        return {"itself": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":
+        if self.itself and (other := next((key for key in ("path", "image_size") if getattr(self, key)), None)):
+            raise ValueError(f"{other} is given, but the teacher is the student itself ({self.itself}); leave out one")
         if isinstance(self.detector, ArtifactConfig):
             raise ValueError(
                 f"detector is one to train first; of one that is trained already give the path itself: path: "
                 f"{self.detector.path}"
             )
-        if self.path is None and (self.detector is None or self.train is None):
+        if self.trained_first and (self.detector is None or self.train is None):
             raise ValueError(
-                "give path, the folder of a trained detector, or both detector and train to train it first"
+                "give path, the folder of a trained detector, or both detector and train to train it first, or say "
+                "original or ema for the student itself"
             )
         if self.class_map and self.path is None:
-            raise ValueError("class_map is for a teacher from a path; one that is trained first has the data's classes")
+            raise ValueError("class_map is for a teacher from a path; any other has the data's classes")
         return self
 
 
@@ -473,6 +489,10 @@ class Config(Section):
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By name, be it one, several or none."""
         return self.teachers or ({TEACHER: self.teacher} if self.teacher else {})
+
+    def teachers_itself(self, kind: str) -> list[str]:
+        """The names of those that are the student itself, `original` or `ema`."""
+        return [name for name, teacher in self.all_teachers.items() if teacher.itself == kind]
 
     @staticmethod
     def teacher_key(name: str) -> str:
@@ -526,6 +546,8 @@ class Config(Section):
                     f"{self.teacher_key(name)}.image_size: {list(own)} and data.image_size, [{height}, {width}], are "
                     f"of unlike shape; give a multiple, such as [{2 * height}, {2 * width}]"
                 )
+            if teacher.itself:
+                self._check_itself(self.teacher_key(name), teacher.itself)
         for name in self.teachers:
             if name == TEACHER or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"teachers.{name}: is no name; give letters, digits, - and _, other than {TEACHER!r}")
@@ -535,9 +557,27 @@ class Config(Section):
             if loss.teacher is not None and names and loss.teacher not in names:
                 raise ValueError(f"losses.{key}.teacher: found {loss.teacher!r}; there is {', '.join(names)}")
 
+    def _check_itself(self, key: str, kind: str) -> None:
+        if self.inherit:
+            raise ValueError(f"inherit takes a teacher's tensors, but {key} is the student itself; leave it out")
+        if kind == "ema":
+            if not self.train.optimizer.ema:
+                raise ValueError(f"{key}: ema needs an average; give train.optimizer.ema, such as 0.998")
+        elif isinstance(self.student, ArtifactConfig):
+            if self.student.new_head:
+                raise ValueError(
+                    f"{key}: original has the new, untrained class layers of student.new_head; give the path of a "
+                    "teacher that knows the classes"
+                )
+        elif not self.pruning:
+            raise ValueError(
+                f"{key}: original is the student before its first cut, and nothing cuts this one; add a pruning "
+                "section, or start from a detector that is there already (student.path)"
+            )
+
     def _check_all_unlabelled(self) -> None:
         for name, teacher in self.all_teachers.items():
-            if teacher.path is None:
+            if teacher.trained_first:
                 key = self.teacher_key(name)
                 raise ValueError(
                     f"{key}: cannot be trained first without labelled images (data.train); give {key}.path"

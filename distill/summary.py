@@ -17,6 +17,8 @@ from distill.schema import TEACHER, ArtifactConfig, Config
 from distill.terms import KnowledgeTerm
 from students import Detector
 
+ORIGINAL, AVERAGE = "the student before its first cut", "the student's own average"
+
 
 def size(detector: Detector, image_size: tuple[int, int]) -> str:
     """Such as '3.40M parameters, 1.25G MACs'."""
@@ -51,7 +53,7 @@ def banner_rows(
     for name, teacher in teachers.items():
         settings = config.all_teachers[name]
         title = teacher_title(name).capitalize()
-        source = settings.path or "trained first"
+        source = settings.path or {"original": ORIGINAL, "ema": AVERAGE}.get(settings.itself, "trained first")
         if settings.image_size:
             source += f", sees {settings.image_size[1]}x{settings.image_size[0]} px"
         rows[title] = f"{_title_and_size(teacher, config.data.image_size)} ({source})"
@@ -125,7 +127,8 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
     for name, teacher in teachers.items():
         if teacher:
             detector = teacher.get("detector") or {}
-            source = teacher.get("path") or detector.get("backbone") or detector.get("name") or ""
+            source = teacher.get("path") or {"original": ORIGINAL, "ema": AVERAGE}.get(teacher.get("itself"))
+            source = source or detector.get("backbone") or detector.get("name") or ""
             rows[teacher_title(name).capitalize()] = str(source)
     losses = config.get("losses") or {}
     if losses:

@@ -1,5 +1,6 @@
 """Two processes on one machine, over gloo, train one student."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def fit_and_see(run):
     fit(run)
     plans = [plan.to_json() for plan in run.unit.student.plans]
     seen.update(parameters=digest(run.unit.parameters()), plans=plans, terms=len(run.unit.terms))
+    seen.update(teachers=digest(x for t in run.teachers.values() for x in t.detector.state_dict().values()))
 
 def finish_and_see(run, kept, *arguments):
     finish(run, kept, *arguments)
@@ -69,6 +71,19 @@ def test_two_processes_hold_the_same_student(settings, repository, tmp_path):
     rows = (tmp_path / "run" / "results.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
     assert said.count("cut before epoch 2: ") == 1  # one rank reports
+
+
+def test_two_processes_hold_the_same_student_of_before(settings, repository, tmp_path):
+    settings |= {"teacher": "original", "balance": "none", "train": {"epochs": 2}}
+    settings["losses"] = {"soft_label": {"name": "dense_sigmoid"}, "mimic": {"name": "pkd", "adapter": "select"}}
+    settings["data"]["batch_size"] = 2
+    settings["pruning"] |= {"end": 1, "every": 1}
+    first, second, _ = launch(settings, repository, tmp_path)
+    assert first["teachers"] == second["teachers"] and first["kept"] == second["kept"]
+    # to the bit what lies in the run folder
+    tensors = students.load(tmp_path / "run/teacher").state_dict().values()
+    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+    assert first["teachers"] == hashlib.sha256(content).hexdigest()
 
 
 def test_a_process_without_labelled_images_stays_in_step(settings, repository, scenes, build_tiny, tmp_path):
