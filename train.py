@@ -222,10 +222,12 @@ def fit(run: Run) -> None:
         for name in names:
             detector = teachers[name].detector
             untouched[name] = fingerprint(detector)
-            teacher_aps[name] = evaluate_val(detector).ap
-            album.show(teacher_title(name), detector)
+            if name in compared:
+                teacher_aps[name] = evaluate_val(detector).ap
+                album.show(teacher_title(name), detector)
 
     others = [name for name, teacher in config.all_teachers.items() if teacher.itself != "ema"]
+    compared = [name for name in others if teachers[name].detector.detects]
     meet_teachers(name for name in others if name not in asleep)
     seconds: list[float] = []
     reported: set[str] = set()
@@ -302,7 +304,7 @@ def fit(run: Run) -> None:
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
         cost = {"macs": macs, "macs_left": macs / progress.uncut_macs, "params": count_parameters(student)}
         teacher_ap = teacher_aps.get(best(teacher_aps))
-        other_aps = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if others else {})
+        other_aps = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if compared else {})
         results = results_row(epoch + 1, losses, cost, result, other_aps, lr, seconds[-1])
         if accelerator.is_main_process:
             run.folder.append_result(results)
@@ -311,13 +313,13 @@ def fit(run: Run) -> None:
         row = {"epoch": f"{epoch + 1}/{epochs}", **losses}
         row |= {"macs_left": cost["macs_left"]} if run.pruner else {}
         row |= {"AP": result.ap, "AP50": result.ap50}
-        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if others else {}
+        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if compared else {}
         time_left = mean(seconds[-3:]) * (epochs - epoch - 1)
         report.epoch_row(row | {"lr": lr, "epoch_time": seconds[-1], "time_left": time_left})
         log_results(accelerator, results)
         album.update(kept)
 
-    finish(run, kept, evaluate_test, progress, [name for name in others if name in teacher_aps])
+    finish(run, kept, evaluate_test, progress, [name for name in compared if name in teacher_aps])
     album.update(kept, last=True)
 
 

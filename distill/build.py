@@ -1,6 +1,7 @@
 """From checked settings to objects; the only place that knows both."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from distill.schema import ArtifactConfig, Config, DataConfig, DetectorConfig, T
 from distill.terms import TERMS, FeatureTerm, KnowledgeTerm
 from distill.terms.adapter import ChannelSelection
 from students import Detector
-from teachers import ScaledDetector, inherit, speak
+from teachers import FeatureTeacher, ScaledDetector, inherit, speak
 
 
 @dataclass
@@ -174,6 +175,8 @@ def build_teachers(config: Config, class_names: list[str], student: Detector) ->
         key = config.teacher_key(name)
         if teacher.itself:
             detector = copy.deepcopy(student)
+        elif teacher.features:
+            detector = build_feature_teacher(teacher, config.data, key)
         elif teacher.path is not None:
             detector = load_detector(teacher.path, key, class_names, teacher.class_map)
         else:
@@ -181,6 +184,31 @@ def build_teachers(config: Config, class_names: list[str], student: Detector) ->
             detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
         teachers[name] = at_own_size(detector, teacher, config.data)
     return teachers
+
+
+def build_feature_teacher(teacher: TeacherConfig, data: DataConfig, key: str) -> FeatureTeacher:
+    """A timm network that teaches by its features, once it is known that it takes images of the size it will see."""
+    try:
+        network = FeatureTeacher(**teacher.features.model_dump())
+    except ValueError as error:
+        raise UserError(f"{key}.features.{error}") from None
+    height, width = teacher.image_size or data.image_size
+    try:
+        count_macs(network, (height, width))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        way_out = "a size that it takes"
+        if network.patch:
+            stride = 2 ** round(math.log2(network.patch))
+            fitting = [side // stride * network.patch for side in data.image_size]
+            way_out = f"{key}.image_size={fitting}, so that its patches of {network.patch} px are cells of {stride}"
+            if any(side % stride for side in data.image_size):
+                way_out = f"data.image_size multiples of {stride}, and {key}.image_size {network.patch}/{stride} of it"
+        raise UserError(
+            f"{key}.features: {teacher.features.backbone} does not take images of {width}x{height} px ({reason}); "
+            f"give {way_out}"
+        ) from error
+    return network
 
 
 def at_own_size(detector: Detector, teacher: TeacherConfig, data: DataConfig) -> Detector:
@@ -237,7 +265,10 @@ def build_unit(config: Config, student: Detector, teachers: dict[str, Detector])
         except ValueError as error:
             raise UserError(str(error)) from None
     taught_by = {name: config.teacher_of(name) for name in config.losses}
-    terms = {name: build_term(loss, student, teachers[taught_by[name]], name) for name, loss in config.losses.items()}
+    terms = {
+        name: build_term(loss, student, teachers[taught_by[name]], name, config.data.unlabelled is not None)
+        for name, loss in config.losses.items()
+    }
     for name, term in terms.items():
         if config.pruning and config.all_teachers[taught_by[name]].itself == "ema":
             check_follows(term, f"losses.{name}", config.losses[name].name)
@@ -251,11 +282,19 @@ def build_unit(config: Config, student: Detector, teachers: dict[str, Detector])
     return Distiller(student, terms, combiner, config.guards.bad_term == "skip", taught_by, score_threshold)
 
 
-def build_term(config: TermConfig, student: Detector, teacher: Detector, name: str) -> KnowledgeTerm:
-    """One knowledge term between two detectors."""
-    settings = config.model_dump(exclude={"name", "teacher", "weight", "schedule"})
+def build_term(
+    config: TermConfig, student: Detector, teacher: Detector, name: str, unlabelled: bool = False
+) -> KnowledgeTerm:
+    """One knowledge term between two detectors; `unlabelled` tells whether there are images without boxes."""
+    settings, kind = config.model_dump(exclude={"name", "teacher", "weight", "schedule"}), TERMS[config.name]
+    if not teacher.detects and (kind.uses_head or (kind.uses_boxes and unlabelled)):
+        reason = "a head" if kind.uses_head else "boxes, which unlabelled images lack and its teacher does not see"
+        fitting = (n for n, term in TERMS.items() if not (term.uses_head or (term.uses_boxes and unlabelled)))
+        raise UserError(
+            f"losses.{name}.name: {config.name} goes by {reason}; from {teacher.title} learn {', '.join(fitting)}"
+        )
     try:
-        term = TERMS[config.name](student, teacher, **settings)
+        term = kind(student, teacher, **settings)
     except ValueError as error:
         raise UserError(f"losses.{name}.{error}") from None
     if term.uses_classes and len(teacher.unknown) == len(teacher.class_names):

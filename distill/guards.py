@@ -22,13 +22,17 @@ from teachers import Teacher, label_images
 def find_objects(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Batch | None:
     """The first batch with objects, as some losses are silent, and rightly so, without; None if there is no such batch.
 
-    Where nothing is labelled, an object is what a teacher is sure enough of.
+    Where nothing is labelled, an object is what a teacher is sure enough of; where no teacher detects any, the first
+    batch has to do.
     """
+    detecting = [teacher for teacher in teachers.values() if teacher.detector.detects]
     for batch in batches:
         labelled = [target for target in batch.targets if target is not None]
         if not labelled:
             size, least = tuple(batch.images.shape[-2:]), unit.score_threshold
-            seen = (label_images(t.detector, t(batch.images), size, least) for t in teachers.values())
+            if not detecting:
+                return batch
+            seen = (label_images(t.detector, t(batch.images), size, least) for t in detecting)
             labelled = [target for targets in seen for target in targets]
         if any(len(target["labels"]) for target in labelled):
             return batch

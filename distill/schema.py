@@ -420,11 +420,20 @@ class TrainConfig(Section):
     save_minutes: Positive | None = 15.0  # between two checkpoints within an epoch; null: only whole epochs are kept
 
 
+class FeaturesConfig(Section):
+    """A timm network that teaches by its feature maps; see `teachers.FeatureTeacher`."""
+
+    backbone: str
+    weights: str = "imagenet"  # what timm's hub has for that name, trained on whatever; or the path of a file
+
+
 class TeacherConfig(Section):
-    """A detector folder (`path`), the student itself, or a detector to train first (`detector` and `train`), which the
-    others win over. `teacher: original` is short for `teacher: {itself: original}`."""
+    """A detector folder (`path`), a network that gives features only, the student itself, or a detector to train first
+    (`detector` and `train`), which the others win over. `teacher: original` is short for `teacher: {itself: original}`.
+    """
 
     path: str | None = None
+    features: FeaturesConfig | None = None
     # the student as it was before the first cut of this run, or its own average as it stands (Mean Teacher, 1703.01780)
     itself: Literal["original", "ema"] | None = None
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
@@ -436,7 +445,7 @@ class TeacherConfig(Section):
     @property
     def trained_first(self) -> bool:
         """Whether the run has to train it."""
-        return self.path is None and self.itself is None
+        return self.path is None and self.features is None and self.itself is None
 
     @model_validator(mode="before")
     @classmethod
@@ -445,8 +454,13 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":
-        if self.itself and (other := next((key for key in ("path", "image_size") if getattr(self, key)), None)):
-            raise ValueError(f"{other} is given, but the teacher is the student itself ({self.itself}); leave out one")
+        if self.path and self.features:
+            raise ValueError("path and features are both given; a teacher is one or the other, so leave out one")
+        others = [key for key in ("path", "features", "image_size") if getattr(self, key)]
+        if self.itself and others:
+            raise ValueError(
+                f"{others[0]} is given, but the teacher is the student itself ({self.itself}); leave it out"
+            )
         if isinstance(self.detector, ArtifactConfig):
             raise ValueError(
                 f"detector is one to train first; of one that is trained already give the path itself: path: "
@@ -454,8 +468,8 @@ class TeacherConfig(Section):
             )
         if self.trained_first and (self.detector is None or self.train is None):
             raise ValueError(
-                "give path, the folder of a trained detector, or both detector and train to train it first, or say "
-                "original or ema for the student itself"
+                "give path, the folder of a trained detector, or both detector and train to train it first; or "
+                "features of a timm network; or say original or ema for the student itself"
             )
         if self.class_map and self.path is None:
             raise ValueError("class_map is for a teacher from a path; any other has the data's classes")

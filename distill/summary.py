@@ -54,6 +54,7 @@ def banner_rows(
         settings = config.all_teachers[name]
         title = teacher_title(name).capitalize()
         source = settings.path or {"original": ORIGINAL, "ema": AVERAGE}.get(settings.itself, "trained first")
+        source = f"{settings.features.weights}; teaches by its features" if settings.features else source
         if settings.image_size:
             source += f", sees {settings.image_size[1]}x{settings.image_size[0]} px"
         rows[title] = f"{_title_and_size(teacher, config.data.image_size)} ({source})"
@@ -128,8 +129,8 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
         if teacher:
             detector = teacher.get("detector") or {}
             source = teacher.get("path") or {"original": ORIGINAL, "ema": AVERAGE}.get(teacher.get("itself"))
-            source = source or detector.get("backbone") or detector.get("name") or ""
-            rows[teacher_title(name).capitalize()] = str(source)
+            source = source or {**detector, **(teacher.get("features") or {})}.get("backbone") or detector.get("name")
+            rows[teacher_title(name).capitalize()] = str(source or "")
     losses = config.get("losses") or {}
     if losses:
         balance = " of the task's gradient" if config.get("balance") == "gradient" else ""

@@ -67,6 +67,7 @@ class Detector(nn.Module, ABC):
     """A detector of any family. Subclasses take plain keyword arguments, so that a recipe can be written down.
 
     Attributes:
+        detects: whether it tells boxes and classes; some networks only teach, by their features.
         class_names: the names that labels stand for, in label order.
         recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
@@ -79,6 +80,7 @@ class Detector(nn.Module, ABC):
         notes: what a user should be told about how it was built.
     """
 
+    detects: bool = True
     class_names: list[str]
     recipe: dict[str, Any]
     plans: list[Plan]
