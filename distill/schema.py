@@ -1,5 +1,6 @@
 """Every setting of a run, checked by pydantic."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -530,6 +531,12 @@ class Config(Section):
         if taken:
             raise ValueError(f"losses.{taken[0]}: a column of results.csv has this name already; give it another")
         self._check_teachers()
+        own, run = self.student, Path(self.output_dir).resolve()
+        if isinstance(own, ArtifactConfig) and run in Path(own.path).resolve().parents:
+            raise ValueError(
+                f"output_dir: {self.output_dir} holds the student's own folder, {own.path}, and the run would replace "
+                "it; choose another output_dir"
+            )
         if self.losses and not self.all_teachers:
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
         if self.inherit and not self.all_teachers:

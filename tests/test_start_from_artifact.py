@@ -83,6 +83,10 @@ def test_classes_follow_the_data(settings, small, build_tiny, tmp_path):
     ("section", "message"),
     [
         ({"student": {"path": "x", "backbone": "resnet18"}}, r"student: path is .* so backbone cannot be chosen"),
+        (
+            {"output_dir": "runs/a", "student": {"path": "runs/../runs/a/student"}},
+            "output_dir: runs/a holds the student",
+        ),
         ({"student": {"path": "x", "new_head": True, "class_map": {"a": "b"}}}, "class_map has nothing to map"),
         ({"teacher": {"detector": {"path": "x"}, "train": {}}}, r"teacher: detector is one to train .* path: x$"),
     ],
