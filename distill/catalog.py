@@ -31,6 +31,13 @@ def catalog() -> dict[str, list[str]]:
             "coco  of torchvision's detectors, from its hub",
             "PATH  a .pth or .safetensors file with timm's, or torchvision's names",
         ],
+        "teachers (teacher)": [
+            "path  the folder of a detector",
+            "detector, train  one that is trained first",
+            "features  any timm model, for losses over features and attention",
+            "original  the student before its first cut",
+            "ema  the student's own average",
+        ],
         "losses (losses.*.name)": [
             f"{name}  {family}"
             for family, models in LOSSES.items()
