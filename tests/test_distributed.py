@@ -108,9 +108,9 @@ def test_a_process_that_cuts_otherwise_is_found(settings, on_processes, monkeypa
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "a.yaml")])
 
-    def plan_alone(run, epoch):
+    def plan_alone(run, progress):
         run.pruner.target += 0.2 * run.accelerator.process_index
-        return run.pruner.plan(run.unit, epoch)
+        return run.pruner.plan(run.unit, 1) if progress.epoch == 1 else Plan(()), []
 
     monkeypatch.setattr(train, "plan_cut", plan_alone)
     ended = on_processes(2, train.main)
@@ -123,7 +123,7 @@ def test_two_processes_hold_the_same_student_of_before(settings, launch, tmp_pat
     settings["losses"] = {"soft_label": {"name": "dense_sigmoid"}, "mimic": {"name": "pkd", "adapter": "select"}}
     settings["data"]["batch_size"] = 2
     settings["pruning"] |= {"end": 1, "every": 1}
-    first, second, _ = launch(settings, launch, tmp_path)
+    first, second, _ = launch(settings)
     assert first["teachers"] == second["teachers"] and first["kept"] == second["kept"]
     # to the bit what lies in the run folder
     tensors = students.load(tmp_path / "run/teacher").state_dict().values()

@@ -72,9 +72,9 @@ def test_the_student_before_its_first_cut_teaches_from_then_on(start, settings, 
     seen = {}
     cut_everywhere = train.cut_everywhere
 
-    def see(plan, unit, ema, optimizer):
+    def see(plan, unit, ema, *others):
         seen.setdefault("before", {name: x.clone() for name, x in ema.module.state_dict().items()})
-        cut_everywhere(plan, unit, ema, optimizer)
+        cut_everywhere(plan, unit, ema, *others)
 
     monkeypatch.setattr(train, "cut_everywhere", see)
     said, whole, broken = start("whole"), tmp_path / "whole", tmp_path / "broken"
