@@ -6,19 +6,16 @@ python train.py --resume runs/bccd
 """
 
 import argparse
-import copy
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, set_seed
-from torch import Tensor
+from accelerate.utils import set_seed
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -26,48 +23,37 @@ import students
 from distill import build
 from distill.catalog import print_catalog
 from distill.checkpoint import (
-    BEFORE_CUT,
     EpochProgress,
     Progress,
     find_checkpoints,
-    go_back,
     load_checkpoint,
     save_checkpoint,
 )
 from distill.config import check_config, load_config, override
-from distill.data import Batch, set_epoch, start_after
-from distill.distiller import Distiller
-from distill.distributed import compile_parts, on_main, release, share_buffers
+from distill.data import set_epoch, start_after
+from distill.distributed import compile_parts, on_main, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
 from distill.footprint import estimate
-from distill.guards import check_alike, check_losses, check_terms, check_unchanged, find_objects, fingerprint
+from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
 from distill.interruption import Interruption, Stopped
-from distill.measure import count_macs, count_nonzero, count_parameters, measure_cuts, measure_latency
+from distill.measure import count_macs, count_parameters, measure_cuts, measure_latency, share_nonzero
 from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
-from distill.pruning.blocks import BlockPruner
-from distill.pruning.cost import BUDGETS
-from distill.pruning.folding import measure_offsets
-from distill.pruning.guard import CutGuard
-from distill.pruning.masks import Masks, agree_on, set_to_zero
-from distill.pruning.pruner import Pruner, agree, cut_everywhere
-from distill.pruning.recalibrate import batches_needed, calibration_batches, recalibrate_batch_norms, share_statistics
-from distill.pruning.soft import silence_channels
-from distill.pruning.sparsity import SparsityPenalty, small_scales
-from distill.report import Report, StepProgress, counted, human_ap, human_count
+from distill.pruning.sparsity import small_scales
+from distill.report import Report, StepProgress, counted, human_count
+from distill.run import Run
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import PENALTY, TEACHER, ArtifactConfig, Config
-from distill.summary import banner_rows, best, describe, results_row, size, summary_table, teacher_title
+from distill.summary import banner_rows, best, describe, results_row, summary_table, teacher_title
+from distill.surgery import Surgery
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
 from distill.trouble import in_plain_words, is_of_peer
-from students import Detector, Plan
-from students.plan import apply_plan
+from students import Detector
 from teachers import Teacher, inherit
 
-WITHIN = 1.02  # of a target, that a measured cost may be
 CHECK_EVERY = 10  # steps between two looks at the losses
 
 
@@ -122,37 +108,6 @@ def main() -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
-
-
-@dataclass
-class Run:
-    """What a run is made of."""
-
-    config: Config
-    data: build.Data
-    unit: Distiller  # the student with its knowledge terms
-    teachers: dict[str, Teacher]  # by name; none in plain training
-    pruner: Pruner | None
-    blocks: BlockPruner | None
-    sparsity: SparsityPenalty | None
-    masks: Masks | None
-    guard: CutGuard | None  # of the cuts
-    folder: RunFolder
-    report: Report
-    accelerator: Accelerator
-    interruption: Interruption
-    role: str  # of the detector that is trained: student or teacher
-
-    def calibration_images(self) -> Iterator[Tensor]:
-        """As many of them as statistics of channels take."""
-        data = self.config.data
-        for batch in self.calibration_batches(batches_needed(data.batch_size, data.image_size)):
-            yield batch.images
-
-    def calibration_batches(self, number: int = 8) -> Iterator[Batch]:
-        """Training images, the same ones on every call and rank."""
-        dataset, size = self.data.train.loader.dataset, self.config.data.batch_size
-        return calibration_batches(dataset, size, self.accelerator.device, number)
 
 
 def train(config: Config, resume: bool = False, dry_run: bool = False, role: str = "student") -> None:
@@ -282,8 +237,8 @@ def fit(run: Run) -> bool:
         keep_originals(run, originals, there=resumes)
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
-        keep_pruning(run, progress)
 
+    surgery = Surgery(run, ema, optimizer, progress)
     still = [teacher for name, teacher in teachers.items() if config.all_teachers[name].itself != "ema"]
     compile_parts([student, *(teacher.detector for teacher in still if not teacher.sharded)])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
@@ -307,8 +262,7 @@ def fit(run: Run) -> bool:
     meet_teachers(name for name in others if name not in asleep)
     seconds: list[float] = []
     reported: set[str] = set()
-    first = progress.epoch
-    for epoch in range(first, epochs):
+    for epoch in range(progress.epoch, epochs):
         starts = progress.within is None
         within = progress.within = progress.within or EpochProgress()
         began = time.perf_counter() - within.seconds
@@ -329,50 +283,23 @@ def fit(run: Run) -> bool:
             unit.combiner.epoch = epoch + step / len(loader)
 
         enter_step(within.step)  # what is measured between two epochs goes by the weights of this one
-        plan, groups = plan_cut(run, progress) if starts else (None, [])
         woken = False
-        if plan:  # it is empty where the last cut already took this one's share
-            if progress.before is None:
-                progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
-                if asleep:  # of all ranks alike, as evaluating has shared the buffers
-                    for name in asleep:
-                        teachers[name].detector.load_state_dict(kept.state_dict())
-                    keep_originals(run, asleep)
-                    meet_teachers(asleep)
-                    unit.silence(())
-                    asleep, woken = [], True
-            if run.guard:
-                save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator, BEFORE_CUT)
-            uncut = size(student, image_size)
-            del trained  # a distributed wrapper would hold on to the old shapes
-            release(accelerator, unit)
-            with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
-                offsets = broadcast(measure_offsets(kept, plan.below("student."), run.calibration_images()))
-                cut_everywhere(plan, unit, ema, optimizer, offsets)
-                check_alike(accelerator, unit, ema)
-                recalibrate_batch_norms(kept, run.calibration_images())
-                share_statistics(kept, student)
-            compile_parts([student])
-            trained = accelerator.prepare_model(unit)
-            left = broadcast_object_list([run.pruner.left(unit) if run.pruner else None])[0]
-            progress.record_cut(plan, left, groups)
-            keep_pruning(run, progress)
-            within.ap_after_cut = evaluate_val(kept).ap if config.pruning.evaluate else None
-            at_once = f"; AP {within.ap_after_cut:.3f} right after" if within.ap_after_cut is not None else ""
-            what = f"; without {', '.join(name for name, _ in student.plans[-1].blocks)}" if plan.blocks else ""
-            if run.pruner:
-                what += f"; {left:.1%} of the {BUDGETS[run.pruner.budget]} left"
-                what += f", {run.pruner.due(epoch):.1%} were due" if run.pruner.cuts_before(epoch) else ""
-            report.say(f"cut before epoch {epoch + 1}: {uncut} -> {size(student, image_size)}{what}{at_once}")
-        if starts and run.pruner and epoch in run.pruner.soft_epochs:
-            silence_channels(plan_channels(run, unit, epoch)[0], unit)
-            share = f"{1 - run.pruner.due(epoch):.1%} of the {BUDGETS[run.pruner.budget]}"
-            report.say(f"before epoch {epoch + 1} channels are set to 0, {share}; they may come back")
-        if run.sparsity and (plan or epoch == first):
-            run.sparsity.follow(unit, image_size)
+        if starts:
+            plan = surgery.plan()
+            if plan:
+                if progress.before is None:
+                    progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+                    if asleep:  # of all ranks alike, as evaluating has shared the buffers
+                        for name in asleep:
+                            teachers[name].detector.load_state_dict(kept.state_dict())
+                        keep_originals(run, asleep)
+                        meet_teachers(asleep)
+                        unit.silence(())
+                        asleep, woken = [], True
+                del trained  # a distributed wrapper would hold on to the old shapes
+                trained = surgery.cut(plan, evaluate_val)
+            surgery.set_to_zero(was_cut=bool(plan))
         if run.masks:
-            if starts and (epoch in run.masks.epochs or (plan and epoch > run.masks.epochs[0])):
-                choose_masks(run, epoch, kept)
             run.masks.follow(student, epoch)
 
         def save(within: EpochProgress = within, began: float = began) -> None:
@@ -395,17 +322,9 @@ def fit(run: Run) -> bool:
             reported.update(found)
         result = evaluate_val(kept)
 
-        if run.guard and run.guard.judges(epoch + 1, progress.cut_epoch):
-            objection = run.guard.objection(result.ap, losses["task"])
-            if objection:
-                take_back(run, progress, objection)
-                return True
-            report.say(f"the cut before epoch {progress.cut_epoch + 1} stays: AP {human_ap(result.ap)}")
-        if run.guard and run.guard.is_through(epoch + 1, progress.cut_epoch):
-            within_budget = (progress.left or 1.0) <= WITHIN * run.pruner.target
-            if within_budget and (result.ap or 0.0) > (progress.best or {"ap": -1.0})["ap"]:
-                progress.best = {"epoch": epoch + 1, "ap": result.ap or 0.0}
-                on_main(accelerator, lambda: students.save(kept, run.folder.best))
+        if surgery.takes_back(result.ap, losses["task"]):
+            return True
+        surgery.keep_best(result.ap)
         progress.epoch, progress.within = epoch + 1, None
         seconds.append(time.perf_counter() - began)
         macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
@@ -413,7 +332,7 @@ def fit(run: Run) -> bool:
         if run.sparsity:
             cost["small_scales"] = small_scales(student)
         if run.masks:
-            cost["nonzero"] = nonzero(student)
+            cost["nonzero"] = share_nonzero(student)
         teacher_ap = teacher_aps.get(best(teacher_aps))
         other_aps = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if compared else {})
         results = results_row(epoch + 1, losses, cost, result, other_aps, lr, seconds[-1])
@@ -430,7 +349,7 @@ def fit(run: Run) -> bool:
         log_results(accelerator, results)
         album.update(kept)
 
-    kept = best_within_budget(run, progress, kept)
+    kept = surgery.result()
     before = progress.before if len(kept.plans) > earlier else None
     finish(run, kept, evaluate_test, before, earlier, [name for name in compared if name in teacher_aps])
     album.update(kept, last=True)
@@ -446,92 +365,6 @@ def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:
             detector.load_state_dict(build.load_detector(str(folder), run.config.teacher_key(name)).state_dict())
         elif run.accelerator.is_main_process:
             students.save(detector, folder, info)
-
-
-def plan_cut(run: Run, progress: Progress) -> tuple[Plan, list[dict[str, Any]]]:
-    """The cut that is due before the next epoch, the same on every rank: blocks, and channels of what they leave.
-
-    Returns:
-        It, empty where there is none; and, on the main process, what it takes from each group of channels.
-    """
-    epoch, guard, step, again = progress.epoch, run.guard, 1.0, False
-    if guard:
-        step = guard.step(epoch, progress.retreats)
-        again = guard.tries_again(epoch, progress.cut_epoch, progress.retreats)
-    unit, blocks, channels, groups = run.unit, Plan(()), Plan(()), []
-    if step == 0:
-        run.report.say(f"nothing is cut before epoch {epoch + 1}: smaller and smaller cuts failed there")
-        return channels, groups
-    if run.blocks and (again or epoch in run.blocks.epochs):
-        with torch.compiler.set_stance("force_eager"):  # compiled parts would not leave out what is tried without
-            plan = run.blocks.plan(unit, epoch, run.teachers, run.calibration_batches(), step)
-        blocks = agree(run.accelerator, plan)
-    if run.pruner and (run.pruner.cuts_before(epoch) or (again and run.pruner.is_behind(epoch, progress.left))):
-        if blocks:
-            unit = copy.deepcopy(unit)
-            apply_plan([(unit, blocks)])
-        channels, groups = plan_channels(run, unit, epoch, step)
-    return Plan(channels.cuts, channels.numbers, blocks.blocks), groups
-
-
-def plan_channels(run: Run, unit: Distiller, epoch: int, step: float = 1.0) -> tuple[Plan, list[dict[str, Any]]]:
-    """The channels of a unit that are due before an epoch, the same on every rank; on the main one by groups, too."""
-    with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
-        evidence = run.pruner.measure(unit, run.teachers, run.calibration_batches(16))
-    plan, groups = None, []
-    if run.accelerator.is_main_process:
-        plan = run.pruner.plan(unit, epoch, evidence, step)
-        groups = run.pruner.explain(unit, plan, evidence)
-    return agree(run.accelerator, plan), groups
-
-
-def choose_masks(run: Run, epoch: int, kept: Detector) -> None:
-    """Sets to 0 what is to be held from now on, alike on every rank, in the student and its averaged copy."""
-    masks = run.masks.choose(run.unit, epoch, run.teachers, run.calibration_batches(16))
-    set_to_zero(agree_on(run.accelerator, masks), dict.fromkeys((run.unit.student, kept)))
-    run.report.say(f"masks before epoch {epoch + 1}: {nonzero(run.unit.student):.1%} of the parameters are not 0")
-
-
-def nonzero(detector: Detector) -> float:
-    """Share of its parameters that are not 0."""
-    return count_nonzero(detector) / count_parameters(detector)
-
-
-def take_back(run: Run, progress: Progress, objection: str) -> None:
-    """Makes the last checkpoint the one before the last cut, and says so."""
-    cut, epoch = progress.cut_epoch, progress.epoch
-    retreat = {"epoch": cut, "until": epoch + 1, "left": progress.left, "objection": objection}
-    go_back(run.folder.checkpoints, retreat, run.accelerator)
-    then = run.guard.step(cut, [*progress.retreats, retreat])
-    goes_on = f"{then:g} of what was due goes there now" if then else "nothing is cut there now"
-    run.report.warn(
-        f"guard: after epoch {epoch + 1}, {objection}; back to before the cut at epoch {cut + 1}, {goes_on}"
-    )
-
-
-def best_within_budget(run: Run, progress: Progress, kept: Detector) -> Detector:
-    """The student to save: with a guard the best one within the budget, without one the last."""
-    if not run.guard:
-        return kept
-    if progress.best is None:
-        run.report.warn(
-            f"no student came within the budget, {run.pruner.target:.1%} of the {BUDGETS[run.pruner.budget]}, and over "
-            f"the guard's floor; the last one is saved, with {progress.left or 1.0:.1%}"
-        )
-        return kept
-    run.report.say(f"the best student within the budget is saved, that of epoch {progress.best['epoch']}")
-    return students.load(run.folder.best).to(run.accelerator.device, memory_format=torch.channels_last)
-
-
-def keep_pruning(run: Run, progress: Progress) -> None:
-    """Writes down what was cut so far, and what cannot be."""
-    if not (run.pruner or run.blocks) or not run.accelerator.is_main_process:
-        return
-    content: dict[str, Any] = {"cuts": progress.cuts, "retreats": progress.retreats}
-    if run.pruner:
-        content |= {"budget": run.pruner.budget, "target": run.pruner.target, "whole": run.pruner.whole}
-        content["groups"] = [{"layers": layers, "width": width} for layers, width in run.pruner.uncut_groups]
-    run.folder.write_pruning(content)
 
 
 def look_at_losses(run: Run) -> None:

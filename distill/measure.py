@@ -40,6 +40,11 @@ def count_nonzero(model: nn.Module) -> int:
     return sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in model.parameters())
 
 
+def share_nonzero(model: nn.Module) -> float:
+    """Share of the parameters that are not such zeros."""
+    return count_nonzero(model) / count_parameters(model)
+
+
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy on the meta device, of shapes alone, so that nothing it does takes memory or arithmetic; the model itself
     if it is there already."""

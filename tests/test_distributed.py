@@ -108,11 +108,11 @@ def test_a_process_that_cuts_otherwise_is_found(settings, on_processes, monkeypa
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "a.yaml")])
 
-    def plan_alone(run, progress):
-        run.pruner.target += 0.2 * run.accelerator.process_index
-        return run.pruner.plan(run.unit, 1) if progress.epoch == 1 else Plan(()), []
+    def plan_alone(surgery):
+        surgery.run.pruner.target += 0.2 * surgery.run.accelerator.process_index
+        return surgery.run.pruner.plan(surgery.unit, surgery.progress.epoch)
 
-    monkeypatch.setattr(train, "plan_cut", plan_alone)
+    monkeypatch.setattr(train.Surgery, "plan", plan_alone)
     ended = on_processes(2, train.main)
     assert [one.value for one in ended] == [2, 2]
     assert "processes: 1 of 2 hold another student" in ended[0].said

@@ -10,6 +10,7 @@ import yaml
 
 import students
 import train
+from distill.measure import count_nonzero, count_parameters
 from distill.pruning.guard import CutGuard
 
 
@@ -77,6 +78,33 @@ def test_a_cut_that_fails_is_halved_and_the_rest_tried_again(start, settings, tm
             zip(group["layers"], [group["after"]] * len(group["layers"]))}  # fmt: skip
     student = students.load(tmp_path / "run" / "student")
     assert lost and all(student.get_submodule(name).weight.shape[0] == n for name, n in lost.items())
+
+
+def test_blocks_and_masks_of_a_cut_go_back_with_it(start, settings, tmp_path, monkeypatch, capsys):
+    settings["pruning"] |= {"blocks": {"count": 1, "epochs": [1]}, "masks": {"sparsity": 0.5, "epochs": [1]}}
+    settings["train"]["epochs"] = 3
+    refuse_large_steps(monkeypatch)
+    said = start("run", capsys)
+    assert "without backbone.body.layer1.0" in said and said.count("masks before epoch 2: ") == 2
+    content = json.loads((tmp_path / "run" / "pruning.json").read_text())
+    # half of one block is none; it goes when the rest is tried
+    assert [(cut["epoch"], cut["blocks"]) for cut in content["cuts"]] == [(1, []), (2, ["backbone.body.layer1.0"])]
+    found = rows(tmp_path / "run")
+    assert [float(row["nonzero"] or 1) < 0.6 for row in found] == [False, True, True]
+    student = students.load(tmp_path / "run" / "student")
+    assert [len(plan.blocks) for plan in student.plans] == [0, 1]
+    assert count_nonzero(student) / count_parameters(student) < 0.6
+    assert float(found[2]["macs_left"]) <= 0.6
+
+
+def test_soft_pruning_is_judged_when_it_cuts(start, settings, tmp_path, monkeypatch, capsys):
+    settings["pruning"] |= {"epochs": [1, 2], "method": "soft", "schedule": "linear"}
+    refuse_large_steps(monkeypatch)
+    said = start("run", capsys)
+    assert said.count("before epoch 2 channels are set to 0") == 1  # the guard goes back to after it
+    assert said.count("back to before the cut at epoch 3") == 1
+    left = [float(row["macs_left"]) for row in rows(tmp_path / "run")]
+    assert left[:2] == [1, 1] and 0.7 < left[2] <= 0.8 and 0.55 < left[3] <= 0.6
 
 
 def test_what_never_holds_is_left_out_and_told(start, settings, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import yaml
 
 import students
 import train
-from distill import build
+from distill import build, surgery
 from distill.config import check_config
 from distill.data.shapes import CLASSES
 from distill.errors import UserError
@@ -70,13 +70,13 @@ def test_the_student_before_its_first_cut_teaches_from_then_on(start, settings, 
     settings["teacher"] = "original"
     settings["losses"] = {"soft": {"name": "dense_sigmoid"}, "mimic": {"name": "mgd", "adapter": "select"}}
     seen = {}
-    cut_everywhere = train.cut_everywhere
+    cut_everywhere = surgery.cut_everywhere
 
     def see(plan, unit, ema, *others):
         seen.setdefault("before", {name: x.clone() for name, x in ema.module.state_dict().items()})
         cut_everywhere(plan, unit, ema, *others)
 
-    monkeypatch.setattr(train, "cut_everywhere", see)
+    monkeypatch.setattr(surgery, "cut_everywhere", see)
     said, whole, broken = start("whole"), tmp_path / "whole", tmp_path / "broken"
     assert "the student before its first cut" in said
     first, *others = rows(whole)

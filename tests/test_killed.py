@@ -10,6 +10,7 @@ import yaml
 
 import students
 import train
+from distill import surgery
 from distill.data.shapes import CLASSES
 from distill.ema import EMA
 
@@ -44,7 +45,7 @@ def start(settings, build_tiny, on_processes, monkeypatch, tmp_path):
 
 def kill_at(place, epoch):
     """Ends this process by SIGKILL: in a step, in a cut, or while half of a checkpoint is written; epochs from 0."""
-    update, cut, save, fit, folder = EMA.update, train.cut_everywhere, torch.save, train.fit, []
+    update, cut, save, fit, folder = EMA.update, surgery.cut_everywhere, torch.save, train.fit, []
 
     def fit_of(run):
         folder.append(run.folder.checkpoints)
@@ -66,7 +67,7 @@ def kill_at(place, epoch):
             os.kill(os.getpid(), signal.SIGKILL)
 
     train.fit, EMA.update = fit_of, update_or_die
-    train.cut_everywhere = die_in_a_cut if place == "cut" else cut
+    surgery.cut_everywhere = die_in_a_cut if place == "cut" else cut
     torch.save = save_half if place == "checkpoint" else save
 
 

@@ -199,8 +199,8 @@ class Pruner:
         return epoch in self.epochs and epoch not in self.soft_epochs
 
     def is_behind(self, epoch: int, left: float) -> bool:
-        """Whether more is left than may be once channels have been cut before an epoch."""
-        return epoch > max(self.soft_epochs, default=-1) and left > self.due(epoch)
+        """Whether more is left than may be from an epoch on, and is not to be set to 0 only."""
+        return (not self.soft_epochs or epoch >= self.epochs[-1]) and left > self.due(epoch)
 
     def due(self, epoch: int) -> float:
         """Share of the uncut cost that may be left from an epoch on."""

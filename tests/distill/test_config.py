@@ -155,6 +155,10 @@ def test_overrides_that_are_none(write, override, message):
             "pruning: greedy changes nothing for la",
         ),
         ("pruning={target: 0.5, epochs: [1], runtime: onnx}", "pruning: runtime is where latency is measured, but bud"),
+        (
+            "pruning={blocks: {count: 1, epochs: [1]}, guard: {ap: 0.3}}",
+            "pruning: guard keeps the best student within a",
+        ),
         ("pruning={target: 0.5, epochs: [1], guard: {recovery: 1}}", "pruning.guard: give ap, the least on the val sp"),
         ("widths_of=runs/a/student", "widths_of starts with a student that is cut already; leave it or pruning out"),
         ("pruning={target: 0.5, epochs: []}", "pruning: epochs is empty; give the epochs to cut before, such as [2, "),

@@ -119,6 +119,18 @@ def test_nothing_to_show(tmp_path):
     assert charts.draw_widths([]) is None
 
 
+def test_layers_of_blocks_leave_their_groups(run):
+    groups = [{"layers": ["stem", "b.0.conv2", "b.1.conv2"], "width": 8}, {"layers": ["b.0.conv1"], "width": 4}]
+    lost = {"layers": ["stem", "b.1.conv2"], "before": 8, "after": 6, "kept": 2.0, "removed": 1.0, "macs_saved": 9}
+    cuts = [{"epoch": 2, "left": 0.8, "blocks": ["b.0"], "groups": [lost]}]
+    run.write_pruning({"groups": groups, "cuts": cuts, "retreats": []})
+    course = Course.read(run)
+    assert [(group.layers, group.widths) for group in course.groups] == [
+        (("stem", "b.1.conv2"), ((0, 8), (2, 6))),
+        (("b.0.conv1",), ((0, 4), (2, 0))),
+    ]
+
+
 def test_widths_over_the_epochs_and_epochs_that_were_taken_back(run):
     course = Course.read(run)
     assert [(group.layers, group.widths, group.macs_saved) for group in course.groups] == [

@@ -203,6 +203,16 @@ def test_blocks_go_in_equal_numbers_and_never_twice(build_tiny, batch):
     assert not pruner.plan(unit, 4, {}, [batch])
 
 
+def test_half_of_what_is_due_is_whole_blocks_and_the_rest_stays_due(build_tiny, batch):
+    unit = Distiller(build_tiny(backbone="resnet18"))
+    pruner = BlockPruner(SIZE, count=3, epochs=[2], importance="taylor")
+    assert not pruner.plan(unit, 2, {}, [batch], step=0.25)  # three quarters of a block
+    half = pruner.plan(unit, 2, {}, [batch], step=0.5)
+    assert len(half.blocks) == 1
+    cut_everywhere(half, unit, None, torch.optim.AdamW(unit.parameters()))
+    assert len(pruner.plan(unit, 4, {}, [batch]).blocks) == 2
+
+
 def test_everything_follows_a_block_that_goes(make_trained, images, tmp_path):
     unit, ema, optimizer, step = make_trained(channels=32)
     uncut = count_macs(unit.student, SIZE), count_parameters(unit.student)

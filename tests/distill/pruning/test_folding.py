@@ -128,3 +128,27 @@ def test_student_and_average_keep_what_a_slimmed_channel_gave(make_trained, imag
     assert torch.allclose(after[1][..., 1:-1, 1:-1], before[1][..., 1:-1, 1:-1], atol=1e-4)
     # the student's weights differ a little from the copy's, that the offsets were measured on
     assert torch.allclose(after[0][..., 1:-1, 1:-1], before[0][..., 1:-1, 1:-1], atol=2e-2)
+
+
+class Residual(nn.Module):
+    """Its input plus as much again, behind an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(4, 4, 1, bias=False), nn.ReLU()
+        nn.init.dirac_(self.conv.weight)
+
+    def forward(self, x):
+        return self.act(x + self.conv(x))
+
+
+def test_what_is_given_is_measured_without_the_blocks_that_go(maps):
+    net = blocked([Residual(), nn.Conv2d(4, 5, 1)])
+    slices = (*plan_of().cuts[0].slices[:-1], ("4.weight", 1))
+    plan = Plan((Cut(4, (0, 2), slices),), blocks=(("3", "act"),))
+    without = copy.deepcopy(net)
+    apply_plan([(without, Plan((), blocks=plan.blocks))])
+    assert isinstance(without[3], nn.ReLU)
+    assert torch.allclose(cut(net, plan, maps)(maps), without(maps), atol=1e-5)
+    assert isinstance(net[3], Residual)
+    assert measure_offsets(net, Plan((), blocks=plan.blocks), [maps]) == {}

@@ -39,3 +39,11 @@ def test_floors():
     assert guard.objection(0.4, 2.5) == "the task's loss, 2.500, is over 2"
     assert guard.objection(0.4, float("nan")) == "the task's loss, nan, is over 2"
     assert CutGuard([2], epochs=9, ap=0.3).objection(0.4, 99.0) is None
+
+
+def test_all_is_tried_once_nothing_is_planned_and_the_last_cut_is_judged():
+    guard = CutGuard([2, 5], epochs=9, recovery=2, ap=0.3)
+    assert [done for done in range(1, 10) if guard.is_through(done, 5)] == [7, 8, 9]
+    # where the last cut failed for good, or what was planned last was no cut
+    assert [done for done in range(1, 10) if guard.is_through(done, 2)] == [6, 7, 8, 9]
+    assert not guard.is_through(5, None) and guard.is_through(6, None)

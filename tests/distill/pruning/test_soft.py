@@ -39,3 +39,9 @@ def test_the_filters_of_a_plan_are_silent_and_come_back(make_trained):
     # at last the same budget is met by a cut
     cut_everywhere(pruner.plan(unit, 3), unit, ema, optimizer)
     assert 0.5 < pruner.left(unit) <= 0.6
+
+
+def test_channels_that_are_only_set_to_0_are_never_behind():
+    pruner = Pruner((64, 64), target=0.5, epochs=[1, 3, 5], method="soft", schedule="linear")
+    assert [epoch for epoch in range(8) if pruner.cuts_before(epoch)] == [5]
+    assert [epoch for epoch in range(8) if pruner.is_behind(epoch, left=0.9)] == [5, 6, 7]

@@ -1,4 +1,4 @@
-"""Wrappers come off before a cut; those of two processes are in tests/test_distributed.py."""
+"""Wrappers come off before a cut, and go on again after it; those of two processes are in tests/test_distributed.py."""
 
 import torch
 from accelerate import Accelerator
