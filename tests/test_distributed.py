@@ -10,6 +10,7 @@ import yaml
 import students
 import train
 from distill.data.shapes import CLASSES
+from distill.distiller import Distiller
 from distill.measure import count_nonzero, count_parameters
 
 
@@ -30,7 +31,7 @@ def launch(on_processes, monkeypatch, tmp_path):
 def train_and_see():
     """train.py as it is; only, each process tells in the end what its own copy of everything looks like."""
     seen = {"labelled": [], "gradients": []}
-    fit, finish, ask, clip = train.fit, train.finish, train.Distiller.ask, accelerate.Accelerator.clip_grad_norm_
+    fit, finish, ask, clip = train.fit, train.finish, Distiller.ask, accelerate.Accelerator.clip_grad_norm_
 
     def ask_and_see(unit, teachers, images, targets):
         if unit.training:
@@ -58,7 +59,7 @@ def train_and_see():
         finish(run, kept, *arguments)
         seen.update(kept=digest(kept.state_dict().values()))
 
-    train.fit, train.finish, train.Distiller.ask = fit_and_see, finish_and_see, ask_and_see
+    train.fit, train.finish, Distiller.ask = fit_and_see, finish_and_see, ask_and_see
     accelerate.Accelerator.clip_grad_norm_ = see_and_clip
     seen["status"] = train.main()
     return seen
