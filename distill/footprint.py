@@ -81,8 +81,8 @@ def estimate(
         "teacher": sum(weights_of(teacher) for teacher in teachers.values()),
         "its outputs": outputs * batch,
         "activations": kept * scale * batch,
-        # backwards, the gradient of one activation comes while that of another goes
-        "on the way": 2 * largest * scale * batch,
+        # backwards, the gradient of one activation comes while what was kept for it is still there
+        "on the way": largest * scale * batch,
     }
 
     sample = min(batch, 4) if device.type == "cpu" else batch

@@ -50,7 +50,7 @@ def on_processes(tmp_path):
     fails, the others are given `patience` seconds to end by themselves, then killed.
     """
 
-    def call(number: int, function: Callable[[], Any], patience: float = 0.0, timeout: float = 120) -> list[Ended]:
+    def call(number: int, function: Callable[[], Any], patience: float = 0.0, timeout: float = 300) -> list[Ended]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

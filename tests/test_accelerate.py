@@ -86,7 +86,7 @@ def test_compiled_passes_train_alike_after_a_cut_too(start, on_processes, monkey
 @pytest.mark.slow
 def test_compiled_backward_passes_on_two_processes(start, on_processes, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
-    ended = on_processes(2, lambda: start("compiled"))
+    ended = on_processes(2, lambda: start("compiled"), timeout=900)
     assert [one.value for one in ended] == [0, 0], ended[0].said + ended[1].said
     assert len(losses_of(tmp_path / "compiled")) == 2
 
