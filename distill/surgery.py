@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
 
@@ -95,7 +95,9 @@ class Surgery:
         uncut = size(unit.student, image_size)
         release(accelerator, unit)
         with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
-            offsets = broadcast(measure_offsets(self.kept, plan.below("student."), run.calibration_images()))
+            offsets = measure_offsets(self.kept, plan.below("student."), run.calibration_images())
+            # as an object: a process that went astray is told of below, not by a collective that does not fit
+            (offsets,) = broadcast_object_list([{name: offset.cpu() for name, offset in offsets.items()}])
             cut_everywhere(plan, unit, self.ema, self.optimizer, offsets)
             check_alike(accelerator, unit, self.ema)
             recalibrate_batch_norms(self.kept, run.calibration_images())

@@ -12,6 +12,7 @@ import students
 import train
 from distill.checkpoint import find_checkpoints
 from distill.data.shapes import CLASSES
+from distill.distiller import Distiller
 from distill.distributed import compile_parts
 from teachers import Teacher
 
@@ -106,13 +107,13 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(start, settings, on_p
 
 def test_bfloat16_by_accelerates_setting(start, settings, on_processes, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    seen, losses = [], train.Distiller.task_loss
+    seen, losses = [], Distiller.task_loss
 
     def look(unit, output, targets):
         seen.append(output.class_logits[0].dtype)
         return losses(unit, output, targets)
 
-    monkeypatch.setattr(train.Distiller, "task_loss", look)
+    monkeypatch.setattr(Distiller, "task_loss", look)
     (ended,) = on_processes(1, lambda: (start("bfloat16"), seen))
     status, seen = ended.value
     assert status == 0, ended.said

@@ -54,7 +54,9 @@ def refuse_large_steps(monkeypatch):
 
     monkeypatch.setattr(CutGuard, "judges", note)
     monkeypatch.setattr(
-        CutGuard, "objection", lambda guard, ap, loss: "too much" if seen.count(seen[0]) == 1 else objection(guard, ap, loss)
+        CutGuard,
+        "objection",
+        lambda guard, ap, loss: "too much" if seen.count(seen[0]) == 1 else objection(guard, ap, loss),
     )
 
 
