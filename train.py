@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -46,7 +46,7 @@ from distill.pruning.sparsity import small_scales
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run import Run
 from distill.run_folder import OF_TEACHERS, RunFolder
-from distill.schema import PENALTY, TEACHER, Config
+from distill.schema import PENALTY, TEACHER, ArtifactConfig, Config
 from distill.summary import banner_rows, best, describe, results_row, summary_table, teacher_title
 from distill.surgery import Surgery
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
@@ -116,14 +116,15 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
     on_main(accelerator, lambda: build.draw_data(config.data))
     data = build.build_data(config.data, config.seed)
     set_seed(config.seed)
-    detectors = build.build_teachers(config, data.class_names)
-    unit = build.build_unit(config, data.class_names, detectors)
+    student = build.build_student(config, data.class_names)
+    detectors = build.build_teachers(config, data.class_names, student)
+    unit = build.build_unit(config, student, detectors)
     pruner = build.build_pruner(config, unit, accelerator.device)
     blocks = build.build_block_pruner(config, unit)
     sparsity, masks = build.build_sparsity(config, unit), build.build_masks(config, unit)
 
     folder = RunFolder(config.output_dir)
-    untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.path is None}
+    untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.trained_first}
     if not resume:
         settings = config.model_dump(mode="json")
         kept = OF_TEACHERS if untrained else ()
@@ -170,7 +171,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
             )
             while fit(run):  # the guard took a cut back
                 accelerator.free_memory()
-                run.unit = build.build_unit(config, data.class_names, detectors)
+                run.unit = build.build_unit(config, build.build_student(config, data.class_names), detectors)
         stop_tracking(accelerator, config)
 
 
@@ -212,7 +213,6 @@ def fit(run: Run) -> bool:
     config, unit, teachers, accelerator, report = run.config, run.unit, run.teachers, run.accelerator, run.report
     settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
     student = unit.to(accelerator.device, memory_format=torch.channels_last).student
-    unit.bind({name: teacher.detector for name, teacher in teachers.items()})
     resumes = bool(find_checkpoints(run.folder.checkpoints))
     if config.inherit and not resumes:
         taken = inherit(student, next(iter(teachers.values())).detector, config.inherit)
@@ -221,25 +221,45 @@ def fit(run: Run) -> bool:
     optimizer = build_optimizer(unit, settings.lr, settings.backbone_lr, settings.weight_decay)
     ema = EMA(student, settings.ema) if settings.ema else None
     kept = ema.module if ema else student  # the weights that are evaluated and saved
+    for name in config.teachers_itself("ema"):
+        teachers[name].detector = kept
+    unit.bind({name: teacher.detector for name, teacher in teachers.items()})
     progress = Progress(uncut_macs=count_macs(student, image_size), processes=accelerator.num_processes)
+    earlier = len(student.plans)
     if resumes:
         progress = load_checkpoint(run.folder.checkpoints, unit, ema, optimizer, accelerator)
         within = f", {progress.within.step} steps of the next" if progress.within else ""
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
+    originals = config.teachers_itself("original")
+    asleep = [] if progress.before or isinstance(config.student, ArtifactConfig) else originals
+    unit.silence(asleep)
+    if originals and not asleep:
+        keep_originals(run, originals, there=resumes)
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
     surgery = Surgery(run, ema, optimizer, progress)
-    compile_parts([student, *(teacher.detector for teacher in teachers.values() if not teacher.sharded)])
+    still = [teacher for name, teacher in teachers.items() if config.all_teachers[name].itself != "ema"]
+    compile_parts([student, *(teacher.detector for teacher in still if not teacher.sharded)])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
-    teacher_aps = {name: evaluate_val(teacher.detector).ap for name, teacher in teachers.items()}
-    teacher_ap = teacher_aps.get(best(teacher_aps))
-    untouched = {name: fingerprint(teacher.detector) for name, teacher in teachers.items()}
-    # what needs all processes cannot be asked by the one that draws
-    shown = {teacher_title(name): teacher.detector for name, teacher in teachers.items() if not teacher.sharded}
-    album = Album(run.folder, run.data, shown, accelerator, report)
+    teacher_aps: dict[str, float | None] = {}
+    untouched: dict[str, str] = {}
+    album = Album(run.folder, run.data, accelerator, report)
+
+    def meet_teachers(names: Iterable[str]) -> None:
+        for name in names:
+            teacher = teachers[name]
+            untouched[name] = fingerprint(teacher.detector)
+            if name in compared:
+                teacher_aps[name] = evaluate_val(teacher.detector).ap
+                if not teacher.sharded:  # what needs all processes cannot be asked by the one that draws
+                    album.show(teacher_title(name), teacher.detector)
+
+    others = [name for name, teacher in config.all_teachers.items() if teacher.itself != "ema"]
+    compared = [name for name in others if teachers[name].detector.detects]
+    meet_teachers(name for name in others if name not in asleep)
     seconds: list[float] = []
     reported: set[str] = set()
     for epoch in range(progress.epoch, epochs):
@@ -263,11 +283,19 @@ def fit(run: Run) -> bool:
             unit.combiner.epoch = epoch + step / len(loader)
 
         enter_step(within.step)  # what is measured between two epochs goes by the weights of this one
+        woken = False
         if starts:
             plan = surgery.plan()
             if plan:
                 if progress.before is None:
                     progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
+                    if asleep:  # of all ranks alike, as evaluating has shared the buffers
+                        for name in asleep:
+                            teachers[name].detector.load_state_dict(kept.state_dict())
+                        keep_originals(run, asleep)
+                        meet_teachers(asleep)
+                        unit.silence(())
+                        asleep, woken = [], True
                 del trained  # a distributed wrapper would hold on to the old shapes
                 trained = surgery.cut(plan, evaluate_val)
             surgery.set_to_zero(was_cut=bool(plan))
@@ -278,7 +306,7 @@ def fit(run: Run) -> bool:
             within.seconds = time.perf_counter() - began
             save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
 
-        if starts and unit.terms and epoch % config.guards.every == 0:
+        if starts and unit.terms and (epoch % config.guards.every == 0 or woken):
             look_at_losses(run)
             check_unchanged(teachers, untouched)
 
@@ -305,8 +333,9 @@ def fit(run: Run) -> bool:
             cost["small_scales"] = small_scales(student)
         if run.masks:
             cost["nonzero"] = share_nonzero(student)
-        others = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if teachers else {})
-        results = results_row(epoch + 1, losses, cost, result, others, lr, seconds[-1])
+        teacher_ap = teacher_aps.get(best(teacher_aps))
+        other_aps = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if compared else {})
+        results = results_row(epoch + 1, losses, cost, result, other_aps, lr, seconds[-1])
         if accelerator.is_main_process:
             run.folder.append_result(results)
         # after the row: a run that is killed between the two writes the row again, and never misses one
@@ -314,22 +343,35 @@ def fit(run: Run) -> bool:
         row = {"epoch": f"{epoch + 1}/{epochs}", **losses}
         row |= {"macs_left": cost["macs_left"]} if run.pruner else {}
         row |= {"AP": result.ap, "AP50": result.ap50}
-        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if teachers else {}
+        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if compared else {}
         time_left = mean(seconds[-3:]) * (epochs - epoch - 1)
         report.epoch_row(row | {"lr": lr, "epoch_time": seconds[-1], "time_left": time_left})
         log_results(accelerator, results)
         album.update(kept)
 
     kept = surgery.result()
-    finish(run, kept, evaluate_test, progress.before if kept.plans else None)
+    before = progress.before if len(kept.plans) > earlier else None
+    finish(run, kept, evaluate_test, before, earlier, [name for name in compared if name in teacher_aps])
     album.update(kept, last=True)
     return False
+
+
+def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:
+    """Puts teachers that are the student as it was into the run folder; where they are `there`, takes them from it."""
+    info = {"image_size": list(run.config.data.image_size), "resize": run.config.data.resize}
+    for name in names:
+        folder, detector = run.folder.teacher(name), run.teachers[name].detector
+        if there:
+            detector.load_state_dict(build.load_detector(str(folder), run.config.teacher_key(name)).state_dict())
+        elif run.accelerator.is_main_process:
+            students.save(detector, folder, info)
 
 
 def look_at_losses(run: Run) -> None:
     """Warns, or stops the run, where a knowledge loss teaches nothing or drowns the task."""
     batch = find_objects(run.unit, run.teachers, run.calibration_batches())
-    for line in check_terms(run.unit, run.teachers, batch, run.config.guards.dominates) if batch else ():
+    alike = [name for name, teacher in run.config.all_teachers.items() if teacher.itself]
+    for line in check_terms(run.unit, run.teachers, batch, run.config.guards.dominates, alike) if batch else ():
         if run.config.guards.dominating_term == "stop":
             raise UserError(line)
         run.report.warn(line)
@@ -417,14 +459,28 @@ def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detect
 
 
 def finish(
-    run: Run, kept: Detector, evaluate: Callable[[Detector], EvaluationResult], before: dict[str, Any] | None
+    run: Run,
+    kept: Detector,
+    evaluate: Callable[[Detector], EvaluationResult],
+    before: dict[str, Any] | None,
+    earlier: int,
+    compared: Sequence[str],
 ) -> None:
-    """Saves the student, writes the summary and prints the table that compares it with its teachers."""
+    """Saves the student, writes the summary and prints the table that compares it with its teachers.
+
+    Args:
+        run: that is finished.
+        kept: the student to save.
+        evaluate: says what a detector is worth.
+        before: what the student was worth and cost before its first cut in this run.
+        earlier: cuts that it had when the run began.
+        compared: names of the teachers to compare it with.
+    """
     config, image_size = run.config, run.config.data.image_size
     split, device = config.data.test or config.data.val, run.accelerator.device
     after = describe(evaluate(kept), kept, image_size)
     teachers = {
-        name: describe(evaluate(teacher.detector), teacher.shape, image_size) for name, teacher in run.teachers.items()
+        name: describe(evaluate(run.teachers[name].detector), run.teachers[name].shape, image_size) for name in compared
     }
     if not run.accelerator.is_main_process:
         return
@@ -433,7 +489,7 @@ def finish(
         entry["latency_ms"] = None if teacher.sharded else measure_latency(teacher.detector, image_size)
     of_student, cuts = after | {"latency_ms": measure_latency(kept, image_size)}, []
     if before:
-        uncut, *cuts = measure_cuts(kept, image_size)
+        uncut, *cuts = measure_cuts(kept, image_size, earlier)
         before, of_student = (
             before | {"latency_ms": uncut["latency_ms"]},
             after | {"latency_ms": cuts[-1]["latency_ms"]},

@@ -114,9 +114,10 @@ class Step:
 
     def __init__(self, config: Config):
         data = build.build_data(config.data, config.seed)
-        detectors = build.build_teachers(config, data.class_names)
+        student = build.build_student(config, data.class_names)
+        detectors = build.build_teachers(config, data.class_names, student)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.unit = build.build_unit(config, data.class_names, detectors)
+        self.unit = build.build_unit(config, student, detectors)
         self.unit.to(self.device, memory_format=torch.channels_last).train()
         self.teachers = {name: Teacher(detector, self.device) for name, detector in detectors.items()}
         self.unit.bind(detectors)

@@ -34,8 +34,9 @@ from teachers import Teacher
 
 def build_all(config: Config, class_names: list[str], device: torch.device) -> tuple[Distiller, dict[str, Teacher]]:
     """The untrained parts of a run; what a teacher has learnt changes neither memory nor time."""
-    detectors = build.build_teachers(config, class_names)
-    unit = build.build_unit(config, class_names, detectors)
+    student = build.build_student(config, class_names)
+    detectors = build.build_teachers(config, class_names, student)
+    unit = build.build_unit(config, student, detectors)
     return unit, {name: Teacher(one, device, config.all_teachers[name].precision) for name, one in detectors.items()}
 
 

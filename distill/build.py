@@ -1,5 +1,8 @@
 """From checked settings to objects; the only place that knows both."""
 
+import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +31,11 @@ from distill.pruning.masks import Masks
 from distill.pruning.pruner import Pruner
 from distill.pruning.sensitivity import read_curves
 from distill.pruning.sparsity import SparsityPenalty
-from distill.schema import Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig, TimedSection
-from distill.terms import TERMS, KnowledgeTerm
+from distill.schema import ArtifactConfig, Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig, TimedSection
+from distill.terms import TERMS, FeatureTerm, KnowledgeTerm
+from distill.terms.adapter import ChannelSelection
 from students import Detector
-from teachers import ScaledDetector, inherit, speak
+from teachers import FeatureTeacher, ScaledDetector, inherit, speak
 
 
 @dataclass
@@ -127,30 +131,95 @@ def build_detector(config: DetectorConfig, class_names: list[str], image_size: t
         detector = students.build(class_names=class_names, **config.model_dump())
     except ValueError as error:
         raise UserError(f"{role}.{error}") from None
+    check_image_size(detector, image_size, role)
+    return detector
+
+
+def check_image_size(detector: Detector, image_size: tuple[int, int], role: str) -> None:
+    """Raises a UserError if a detector cannot look at images of a size, such as a transformer of fixed input size."""
     try:
         count_macs(detector, image_size)
-    except (AssertionError, RuntimeError, ValueError) as error:  # such as of a transformer of fixed input size
+    except (AssertionError, RuntimeError, ValueError) as error:
         height, width = image_size
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{role}: {detector.title} does not take images of {width}x{height} px ({reason}); "
             "change data.image_size, or choose another detector"
         ) from error
-    return detector
 
 
-def build_teachers(config: Config, class_names: list[str]) -> dict[str, Detector]:
-    """The teachers: loaded where the settings give a path, else untrained, to be trained or just to be looked at."""
+def build_student(config: Config, class_names: list[str]) -> Detector:
+    """The student as the run starts with it: a new one, or the one that the settings give a path to, in train mode."""
+    settings = config.student
+    if not isinstance(settings, ArtifactConfig):
+        student = build_detector(settings, class_names, config.data.image_size, "student")
+        if config.widths_of:
+            try:
+                students.narrow(student, config.widths_of)
+            except ValueError as error:
+                raise UserError(f"widths_of: {error}") from None
+        return student
+    if settings.new_head:
+        student = load_detector(settings.path, "student")
+        try:
+            student = students.renew_classes(student, class_names)
+        except ValueError as error:
+            raise UserError(f"student.{error}") from None
+    else:
+        student = load_detector(settings.path, "student", class_names, settings.class_map)
+        if student.unknown:
+            raise UserError(
+                f"student.path: {settings.path} does not know {_some([class_names[x] for x in student.unknown])}; name "
+                "them in student.class_map, or say student.new_head=true to start its class layers anew"
+            )
+    check_image_size(student, config.data.image_size, "student")
+    return student.train()
+
+
+def build_teachers(config: Config, class_names: list[str], student: Detector) -> dict[str, Detector]:
+    """The teachers: loaded where the settings give a path, else untrained, to be trained or just to be looked at.
+
+    One that is the student itself is a copy of it so far.
+    """
     teachers = {}
     for name, teacher in config.all_teachers.items():
         key = config.teacher_key(name)
-        if teacher.path is not None:
-            detector = load_teacher(teacher, class_names, key)
+        if teacher.itself:
+            detector = copy.deepcopy(student)
+        elif teacher.features:
+            detector = build_feature_teacher(teacher, config.data, key)
+        elif teacher.path is not None:
+            detector = load_detector(teacher.path, key, class_names, teacher.class_map)
         else:
             image_size = teacher.image_size or config.data.image_size
             detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
         teachers[name] = at_own_size(detector, teacher, config.data)
     return teachers
+
+
+def build_feature_teacher(teacher: TeacherConfig, data: DataConfig, key: str) -> FeatureTeacher:
+    """A timm network that teaches by its features, once it is known that it takes images of the size it will see."""
+    try:
+        network = FeatureTeacher(**teacher.features.model_dump())
+    except ValueError as error:
+        raise UserError(f"{key}.features.{error}") from None
+    height, width = teacher.image_size or data.image_size
+    try:
+        count_macs(network, (height, width))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        way_out = "a size that it takes"
+        if network.patch:
+            stride = 2 ** round(math.log2(network.patch))
+            fitting = [side // stride * network.patch for side in data.image_size]
+            way_out = f"{key}.image_size={fitting}, so that its patches of {network.patch} px are cells of {stride}"
+            if any(side % stride for side in data.image_size):
+                way_out = f"data.image_size multiples of {stride}, and {key}.image_size {network.patch}/{stride} of it"
+        raise UserError(
+            f"{key}.features: {teacher.features.backbone} does not take images of {width}x{height} px ({reason}); "
+            f"give {way_out}"
+        ) from error
+    return network
 
 
 def at_own_size(detector: Detector, teacher: TeacherConfig, data: DataConfig) -> Detector:
@@ -181,39 +250,39 @@ def trains_alike(one: Config, other: Config) -> bool:
     ) and one.data.model_copy(update={"workers": 0}) == other.data.model_copy(update={"workers": 0})
 
 
-def load_teacher(config: TeacherConfig, class_names: list[str], key: str) -> Detector:
-    """The detector of an artifact folder, with its classes in the student's order."""
+def load_detector(
+    path: str, key: str, class_names: list[str] | None = None, class_map: Mapping[str, str | None] | None = None
+) -> Detector:
+    """The detector of an artifact folder; with its classes in the order of `class_names`, if these are given."""
     try:
-        detector = students.load(config.path)
+        detector = students.load(path)
     except ValueError as error:
         raise UserError(f"{key}.path: {error}") from None
+    if class_names is None:
+        return detector
     try:
-        speak(detector, class_names, config.class_map)
+        speak(detector, class_names, class_map)
     except ValueError as error:
         raise UserError(f"{key}.{error}") from None
     return detector
 
 
-def build_unit(
-    config: Config, class_names: list[str], teachers: dict[str, Detector], student: Detector | None = None
-) -> Distiller:
-    """The student and its knowledge terms, untrained; a trained `student` takes the place of a new one."""
-    is_new = student is None
-    if is_new:
-        student = build_detector(config.student, class_names, config.data.image_size, "student")
-    if is_new and config.widths_of:
-        try:
-            students.narrow(student, config.widths_of)
-        except ValueError as error:
-            raise UserError(f"widths_of: {error}") from None
-    if is_new and config.inherit:
+def build_unit(config: Config, student: Detector, teachers: dict[str, Detector]) -> Distiller:
+    """The student and its knowledge terms."""
+    if config.inherit:
         try:
             # once more when the teacher is trained; here to see that it fits
             inherit(student, next(iter(teachers.values())), config.inherit)
         except ValueError as error:
             raise UserError(str(error)) from None
     taught_by = {name: config.teacher_of(name) for name in config.losses}
-    terms = {name: build_term(loss, student, teachers[taught_by[name]], name) for name, loss in config.losses.items()}
+    terms = {
+        name: build_term(loss, student, teachers[taught_by[name]], name, config.data.unlabelled is not None)
+        for name, loss in config.losses.items()
+    }
+    for name, term in terms.items():
+        if config.pruning and config.all_teachers[taught_by[name]].itself == "ema":
+            check_follows(term, f"losses.{name}", config.losses[name].name)
     combiner = Combiner(
         {name: config.weight_of(name) for name in config.losses},
         {name: WeightSchedule(**loss.schedule.model_dump()) for name, loss in config.losses.items()},
@@ -224,11 +293,19 @@ def build_unit(
     return Distiller(student, terms, combiner, config.guards.bad_term == "skip", taught_by, score_threshold)
 
 
-def build_term(config: TermConfig, student: Detector, teacher: Detector, name: str) -> KnowledgeTerm:
-    """One knowledge term between two detectors."""
-    settings = config.model_dump(exclude={"name", "teacher", "weight", "schedule"})
+def build_term(
+    config: TermConfig, student: Detector, teacher: Detector, name: str, unlabelled: bool = False
+) -> KnowledgeTerm:
+    """One knowledge term between two detectors; `unlabelled` tells whether there are images without boxes."""
+    settings, kind = config.model_dump(exclude={"name", "teacher", "weight", "schedule"}), TERMS[config.name]
+    if not teacher.detects and (kind.uses_head or (kind.uses_boxes and unlabelled)):
+        reason = "a head" if kind.uses_head else "boxes, which unlabelled images lack and its teacher does not see"
+        fitting = (n for n, term in TERMS.items() if not (term.uses_head or (term.uses_boxes and unlabelled)))
+        raise UserError(
+            f"losses.{name}.name: {config.name} goes by {reason}; from {teacher.title} learn {', '.join(fitting)}"
+        )
     try:
-        term = TERMS[config.name](student, teacher, **settings)
+        term = kind(student, teacher, **settings)
     except ValueError as error:
         raise UserError(f"losses.{name}.{error}") from None
     if term.uses_classes and len(teacher.unknown) == len(teacher.class_names):
@@ -238,6 +315,17 @@ def build_term(config: TermConfig, student: Detector, teacher: Detector, name: s
             "class_map, or choose a loss over features"
         )
     return term
+
+
+def check_follows(term: KnowledgeTerm, key: str, kind: str) -> None:
+    """Raises a UserError where a teacher that is cut along with the student would leave a term's layers behind."""
+    if all(isinstance(layer, ChannelSelection) for layer in term.output_layers):
+        return
+    way_out = f"say {key}.adapter=select" if isinstance(term, FeatureTerm) else "choose another loss"
+    raise UserError(
+        f"{key}.name: {kind} has layers as wide as its teacher, and the student's average, ema, is cut along with the "
+        f"student; {way_out}, or leave out pruning"
+    )
 
 
 def build_pruner(config: Config, unit: Distiller, device: torch.device | None = None) -> Pruner | None:

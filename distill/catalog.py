@@ -17,6 +17,7 @@ def catalog() -> dict[str, list[str]]:
     return {
         "configs": sorted(f"{path}  {summary_line(path)}" for path in Path("configs").glob("*.yaml")),
         "detectors (student.name)": sorted(FAMILIES),
+        "a detector that is there already (student.path)": ["PATH  the folder of one, such as runs/x/student"],
         "necks (student.neck)": sorted(NECKS),
         "heads (student.head)": sorted(HEADS),
         "backbones (student.backbone)": [
@@ -29,6 +30,13 @@ def catalog() -> dict[str, list[str]]:
             "of torchvision's detectors from torchvision's",
             "coco  of torchvision's detectors, from its hub",
             "PATH  a .pth or .safetensors file with timm's, or torchvision's names; of YOLO detectors a published .pt",
+        ],
+        "teachers (teacher)": [
+            "path  the folder of a detector",
+            "detector, train  one that is trained first",
+            "features  any timm model, for losses over features and attention",
+            "original  the student before its first cut",
+            "ema  the student's own average",
         ],
         "losses (losses.*.name)": [
             f"{name}  {family}"

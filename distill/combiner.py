@@ -55,6 +55,7 @@ class Combiner(nn.Module):
     Attributes:
         step: steps done in the whole run; the loop sets it before every step.
         epoch: the same in epochs, with a fraction.
+        silent: terms that count nothing, whatever their weight, as their teacher is not there yet.
     """
 
     EAGER, EVERY, MOMENTUM = 10, 10, 0.9  # steps measured at the start, steps between, what stays of the average
@@ -72,6 +73,7 @@ class Combiner(nn.Module):
         self.epochs = epochs
         self.balance = balance
         self.step, self.epoch = 0, 0.0
+        self.silent: frozenset[str] = frozenset()
         self._bad: Tensor | None = None
         self._bad_step: Tensor | None = None
         if balance == "gradient":
@@ -80,6 +82,8 @@ class Combiner(nn.Module):
 
     def weight(self, name: str) -> float:
         """The weight, or share, of a term at the present epoch."""
+        if name in self.silent:
+            return 0.0
         return self.weights[name] * self.schedules[name].at(self.epoch, self.epochs)
 
     def forward(

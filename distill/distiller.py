@@ -1,7 +1,7 @@
 """The unit of training: a student, the adapters that its teachers need, and the sum of all their losses."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,6 +135,10 @@ class Distiller(nn.Module):
         """Tells the terms who teaches, once the teachers are trained and on their device."""
         for name, term in self.terms.items():
             term.bind(self.student, teachers[self.taught_by[name]])
+
+    def silence(self, teachers: Collection[str]) -> None:
+        """Lets the terms of some teachers, by name, count nothing; all others count."""
+        self.combiner.silent = frozenset(name for name, teacher in self.taught_by.items() if teacher in teachers)
 
     def traced_outputs(self, images: Tensor) -> list[Tensor]:
         """All tensors that leave the student or an adapter: what a dependency graph has to see."""

@@ -37,6 +37,8 @@ def compile_parts(detectors: Iterable[Detector]) -> None:
     if plugin.backend == DynamoBackend.NO:
         return
     torch.compiler.reset()
+    # what is kept for the pass back must outlast one of them: gradients are measured at the pyramid before the step's
+    torch._functorch.config.donated_buffer = False
     for detector in detectors:
         for part in detector.parts:
             part.compile(**plugin.to_kwargs())

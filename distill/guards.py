@@ -3,7 +3,7 @@ that changes."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,20 +24,26 @@ from teachers import Teacher, label_images
 def find_objects(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Batch | None:
     """The first batch with objects, as some losses are silent, and rightly so, without; None if there is no such batch.
 
-    Where nothing is labelled, an object is what a teacher is sure enough of.
+    Where nothing is labelled, an object is what a teacher is sure enough of; where no teacher detects any, the first
+    batch has to do.
     """
+    detecting = [teacher for teacher in teachers.values() if teacher.detector.detects]
     for batch in batches:
         labelled = [target for target in batch.targets if target is not None]
         if not labelled:
             size, least = tuple(batch.images.shape[-2:]), unit.score_threshold
-            seen = (label_images(t.detector, t(batch.images), size, least) for t in teachers.values())
+            if not detecting:
+                return batch
+            seen = (label_images(t.detector, t(batch.images), size, least) for t in detecting)
             labelled = [target for targets in seen for target in targets]
         if any(len(target["labels"]) for target in labelled):
             return batch
     return None
 
 
-def check_terms(unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, dominates: float) -> list[str]:
+def check_terms(
+    unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, dominates: float, alike: Collection[str] = ()
+) -> list[str]:
     """Looks at each knowledge term's gradient at the student's pyramid, as it is weighted at present.
 
     The unit is in train mode, as gradients are in training: before it, untrained batch norms would not normalise yet.
@@ -49,6 +55,7 @@ def check_terms(unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, 
         teachers: its teachers, by name.
         batch: of training images, best with objects.
         dominates: how many times the task's gradient norm a term's may be.
+        alike: names of teachers that are as the student is at first, and so have nothing to say then.
 
     Returns:
         A line for each term that dominates.
@@ -71,6 +78,8 @@ def check_terms(unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, 
     dominating = []
     for name, norm in zip(terms, norms):
         if not unit.combiner.weight(name):
+            continue
+        if norm == 0 and unit.taught_by[name] in alike:
             continue
         if not norm > 0:  # NaN too
             found = "no gradient" if norm == 0 else "a gradient that is no number"
@@ -147,9 +156,9 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def check_unchanged(teachers: Mapping[str, Teacher], before: Mapping[str, str]) -> None:
-    """Raises a UserError if a teacher is no longer the one with its fingerprint."""
-    for name, teacher in teachers.items():
-        if fingerprint(teacher.detector) != before[name]:
+    """Raises a UserError if a teacher with a fingerprint is no longer the one that it was taken of."""
+    for name, known in before.items():
+        if fingerprint(teachers[name].detector) != known:
             key = Config.teacher_key(name)
             raise UserError(f"{key}: its weights or batch-norm statistics changed during training; it must be frozen")
 

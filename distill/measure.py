@@ -150,22 +150,25 @@ def measure_latency(
     return median(milliseconds)
 
 
-def measure_cuts(detector: Detector, image_size: tuple[int, int], repeats: int = 30) -> list[dict[str, float]]:
-    """What a detector cost as it was built, and after each of its cuts, the last of which left it as it is.
+def measure_cuts(
+    detector: Detector, image_size: tuple[int, int], earlier: int = 0, repeats: int = 30
+) -> list[dict[str, float]]:
+    """What a detector cost before its cuts, and after each of them, the last of which left it as it is.
 
     Each is built again for its shape alone, where the detector is; they are timed in turns, in float32.
 
     Args:
         detector: `students.build` and its cuts made it.
         image_size: (height, width) in pixels.
+        earlier: how many of its first cuts are taken for a part of how it was built.
         repeats: passes of each that count, see `measure_latency`.
 
     Returns:
         `macs`, `params` and `latency_ms` of each.
     """
     images = _blank_images(detector, 1, image_size)
-    stages = [students.build(**detector.recipe).to(images.device).eval()]
-    for plan in detector.plans:
+    stages = [students.rebuild(detector.recipe, detector.plans[:earlier]).to(images.device).eval()]
+    for plan in detector.plans[earlier:]:
         stages.append(copy.deepcopy(stages[-1]))
         students.apply_plan([(stages[-1], plan)])
     images = images.float()

@@ -33,7 +33,8 @@ def write_model_card(run: RunFolder) -> None:
         f"# {name}",
         "",
         f"An object detector for {len(class_names)} classes ({', '.join(class_names)}), made by distill: "
-        f"`{config['student'].get('backbone') or config['student']['name']}`{taught}{of}.",
+        f"`{next(config['student'][key] for key in ('backbone', 'path', 'name') if config['student'].get(key))}`"
+        f"{taught}{of}.",
         "",
         "## Recipe",
         "",

@@ -1,6 +1,7 @@
 """Every setting of a run, checked by pydantic."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -111,10 +112,39 @@ class YOLOv5Config(Section):
     new_head: bool = False  # start the class layers anew, whatever the weights know
 
 
-def _dense_by_default(value: Any) -> Any:
-    return {"name": "dense", **value} if isinstance(value, dict) else value
+class ArtifactConfig(Section):
+    """A detector that is there already, cuts included: the student of a run, or a trained detector that is to be cut.
+
+    A run counts from what it starts with: a pruning target is a share of what this detector costs, not of what it was
+    once cut from.
+    """
+
+    name: Literal["artifact"]
+    path: str
+    class_map: dict[str, str | None] = {}  # the data's name for a class of its own, or null to leave that class out
+    new_head: bool = False  # start the class layers anew, for whatever classes the data has
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ArtifactConfig":
+        if self.class_map and self.new_head:
+            raise ValueError("new_head starts all class layers anew, so class_map has nothing to map; leave out one")
+        return self
 
 
+def _named(value: Any) -> Any:
+    if not isinstance(value, dict) or "name" in value:
+        return value
+    if value.get("path") is None:
+        return {"name": "dense", **value}
+    if others := [key for key in value if key not in ArtifactConfig.model_fields]:
+        raise ValueError(
+            f"path is a detector that is built already, so {', '.join(others)} cannot be chosen; "
+            f"leave them out: {{path: {value['path']}}}"
+        )
+    return {"name": "artifact", **value}
+
+
+# new ones, by family
 DETECTORS: tuple[type[Section], ...] = (
     DenseConfig,
     FCOSConfig,
@@ -125,9 +155,9 @@ DETECTORS: tuple[type[Section], ...] = (
     YOLOConfig,
 )
 DetectorConfig = Annotated[
-    Union[DETECTORS],  # noqa: UP007
+    Union[(*DETECTORS, ArtifactConfig)],
     Field(discriminator="name"),
-    BeforeValidator(_dense_by_default),
+    BeforeValidator(_named),
 ]
 
 
@@ -446,7 +476,7 @@ class CutGuardConfig(Section):
 class PruningConfig(TimedSection):
     """Channels are cut at the given times, if there is a `target`; blocks and masks have times of their own."""
 
-    target: Annotated[Number, Field(gt=0, lt=1)] | None = None  # what is left at the end, as a share of the uncut cost
+    target: Annotated[Number, Field(gt=0, lt=1)] | None = None  # what is left at the end, of what the run starts with
     budget: Literal["macs", "params", "memory", "latency"] = "macs"  # memory: of activations; latency: of one image
     runtime: Literal["eager", "onnx"] = "eager"  # where latency is measured; onnx: ONNX Runtime, of the [export] extra
     method: Literal["cut", "soft"] = "cut"  # soft: at all times but the last, channels are set to 0 and may come back
@@ -561,10 +591,22 @@ class TrainConfig(Section):
     save_minutes: Positive | None = 15.0  # between two checkpoints within an epoch; null: only whole epochs are kept
 
 
+class FeaturesConfig(Section):
+    """A timm network that teaches by its feature maps; see `teachers.FeatureTeacher`."""
+
+    backbone: str
+    weights: str = "imagenet"  # what timm's hub has for that name, trained on whatever; or the path of a file
+
+
 class TeacherConfig(Section):
-    """A detector folder (`path`), or a detector to train first (`detector` and `train`); a given path wins."""
+    """A detector folder (`path`), a network that gives features only, the student itself, or a detector to train first
+    (`detector` and `train`), which the others win over. `teacher: original` is short for `teacher: {itself: original}`.
+    """
 
     path: str | None = None
+    features: FeaturesConfig | None = None
+    # the student as it was before the first cut of this run, or its own average as it stands (Mean Teacher, 1703.01780)
+    itself: Literal["original", "ema"] | None = None
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
@@ -572,14 +614,37 @@ class TeacherConfig(Section):
     detector: DetectorConfig | None = None
     train: TrainConfig | None = None
 
+    @property
+    def trained_first(self) -> bool:
+        """Whether the run has to train it."""
+        return self.path is None and self.features is None and self.itself is None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_short(cls, value: Any) -> Any:
+        return {"itself": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherConfig":
-        if self.path is None and (self.detector is None or self.train is None):
+        if self.path and self.features:
+            raise ValueError("path and features are both given; a teacher is one or the other, so leave out one")
+        others = [key for key in ("path", "features", "image_size") if getattr(self, key)]
+        if self.itself and others:
             raise ValueError(
-                "give path, the folder of a trained detector, or both detector and train to train it first"
+                f"{others[0]} is given, but the teacher is the student itself ({self.itself}); leave it out"
+            )
+        if isinstance(self.detector, ArtifactConfig):
+            raise ValueError(
+                f"detector is one to train first; of one that is trained already give the path itself: path: "
+                f"{self.detector.path}"
+            )
+        if self.trained_first and (self.detector is None or self.train is None):
+            raise ValueError(
+                "give path, the folder of a trained detector, or both detector and train to train it first; or "
+                "features of a timm network; or say original or ema for the student itself"
             )
         if self.class_map and self.path is None:
-            raise ValueError("class_map is for a teacher from a path; one that is trained first has the data's classes")
+            raise ValueError("class_map is for a teacher from a path; any other has the data's classes")
         return self
 
 
@@ -613,6 +678,10 @@ class Config(Section):
         """By name, be it one, several or none."""
         return self.teachers or ({TEACHER: self.teacher} if self.teacher else {})
 
+    def teachers_itself(self, kind: str) -> list[str]:
+        """The names of those that are the student itself, `original` or `ema`."""
+        return [name for name, teacher in self.all_teachers.items() if teacher.itself == kind]
+
     @staticmethod
     def teacher_key(name: str) -> str:
         """Where a teacher's settings stand."""
@@ -635,6 +704,12 @@ class Config(Section):
         if taken:
             raise ValueError(f"losses.{taken[0]}: a column of results.csv has this name already; give it another")
         self._check_teachers()
+        own, run = self.student, Path(self.output_dir).resolve()
+        if isinstance(own, ArtifactConfig) and run in Path(own.path).resolve().parents:
+            raise ValueError(
+                f"output_dir: {self.output_dir} holds the student's own folder, {own.path}, and the run would replace "
+                "it; choose another output_dir"
+            )
         if self.losses and not self.all_teachers:
             raise ValueError("losses are given but no teacher; add a teacher section, or remove losses")
         if self.inherit and not self.all_teachers:
@@ -675,6 +750,8 @@ class Config(Section):
                     f"{self.teacher_key(name)}.image_size: {list(own)} and data.image_size, [{height}, {width}], are "
                     f"of unlike shape; give a multiple, such as [{2 * height}, {2 * width}]"
                 )
+            if teacher.itself:
+                self._check_itself(self.teacher_key(name), teacher.itself)
         for name in self.teachers:
             if name == TEACHER or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"teachers.{name}: is no name; give letters, digits, - and _, other than {TEACHER!r}")
@@ -684,9 +761,27 @@ class Config(Section):
             if loss.teacher is not None and names and loss.teacher not in names:
                 raise ValueError(f"losses.{key}.teacher: found {loss.teacher!r}; there is {', '.join(names)}")
 
+    def _check_itself(self, key: str, kind: str) -> None:
+        if self.inherit:
+            raise ValueError(f"inherit takes a teacher's tensors, but {key} is the student itself; leave it out")
+        if kind == "ema":
+            if not self.train.optimizer.ema:
+                raise ValueError(f"{key}: ema needs an average; give train.optimizer.ema, such as 0.998")
+        elif isinstance(self.student, ArtifactConfig):
+            if self.student.new_head:
+                raise ValueError(
+                    f"{key}: original has the new, untrained class layers of student.new_head; give the path of a "
+                    "teacher that knows the classes"
+                )
+        elif not self.pruning:
+            raise ValueError(
+                f"{key}: original is the student before its first cut, and nothing cuts this one; add a pruning "
+                "section, or start from a detector that is there already (student.path)"
+            )
+
     def _check_all_unlabelled(self) -> None:
         for name, teacher in self.all_teachers.items():
-            if teacher.path is None:
+            if teacher.trained_first:
                 key = self.teacher_key(name)
                 raise ValueError(
                     f"{key}: cannot be trained first without labelled images (data.train); give {key}.path"

@@ -76,7 +76,7 @@ def load(source: Path, overrides: Sequence[str]) -> tuple[Detector, Config]:
     config = load_config(source, list(overrides))
     build.draw_data(config.data)
     names = list(build.open_split(config.data, config.data.train, config.data.classes).class_names)
-    return build.build_detector(config.student, names, config.data.image_size, "student"), config
+    return build.build_student(config, names), config
 
 
 def measure(detector: Detector, config: Config, kind: str, importance: str) -> list[Sensitivity]:

@@ -13,9 +13,11 @@ from distill.measure import count_macs, count_nonzero, count_parameters
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
 from distill.report import counted, human_ap, human_count, human_macs, human_milliseconds, human_share
-from distill.schema import TEACHER, Config, PruningConfig
+from distill.schema import TEACHER, ArtifactConfig, Config, PruningConfig
 from distill.terms import KnowledgeTerm
 from students import Detector
+
+ORIGINAL, AVERAGE = "the student before its first cut", "the student's own average"
 
 
 def size(detector: Detector, image_size: tuple[int, int]) -> str:
@@ -42,7 +44,8 @@ def banner_rows(
         + f"{len(data.train.index) if config.data.train else 'nothing to'} train, {len(data.val.index)} val"
         + (f", {len(data.test.index)} test" if data.test is not data.val else "")
         + f"; {len(data.class_names)} classes; {width}x{height} px",
-        role.capitalize(): _title_and_size(unit.student, config.data.image_size),
+        role.capitalize(): _title_and_size(unit.student, config.data.image_size)
+        + (f" ({config.student.path})" if isinstance(config.student, ArtifactConfig) else ""),
     }
     if data.unlabelled is not None:
         rows["Unlabelled"] = unlabelled_row(config, data, unit)
@@ -50,7 +53,8 @@ def banner_rows(
     for name, teacher in teachers.items():
         settings = config.all_teachers[name]
         title = teacher_title(name).capitalize()
-        source = settings.path or "trained first"
+        source = settings.path or {"original": ORIGINAL, "ema": AVERAGE}.get(settings.itself, "trained first")
+        source = f"{settings.features.weights}; teaches by its features" if settings.features else source
         if settings.image_size:
             source += f", sees {settings.image_size[1]}x{settings.image_size[0]} px"
         rows[title] = f"{_title_and_size(teacher, config.data.image_size)} ({source})"
@@ -144,14 +148,15 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
     rows = {"Data": f"{data.get('root')}" + (f", {size[1]}x{size[0]} px" if isinstance(size, list) else "")}
     rows["Student"] = ", ".join(
         str(student[key])
-        for key in ("name", "size", "backbone", "neck", "channels")
-        if student.get(key) not in (None, "dense")
+        for key in ("name", "path", "size", "backbone", "neck", "channels")
+        if student.get(key) not in (None, "dense", "artifact")
     )
     for name, teacher in teachers.items():
         if teacher:
             detector = teacher.get("detector") or {}
-            source = teacher.get("path") or detector.get("backbone") or detector.get("name") or ""
-            rows[teacher_title(name).capitalize()] = str(source)
+            source = teacher.get("path") or {"original": ORIGINAL, "ema": AVERAGE}.get(teacher.get("itself"))
+            source = source or {**detector, **(teacher.get("features") or {})}.get("backbone") or detector.get("name")
+            rows[teacher_title(name).capitalize()] = str(source or "")
     losses = config.get("losses") or {}
     if losses:
         balance = " of the task's gradient" if config.get("balance") == "gradient" else ""

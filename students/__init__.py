@@ -1,13 +1,14 @@
 """Detectors that can be trained and pruned: the contract, its parts, its families, and how they are kept on disk."""
 
-from students.artifact import FAMILIES, build, load, narrow, read_info, save
-from students.detector import DenseOutput, Detections, Detector, of_images
+from students.artifact import FAMILIES, build, load, narrow, read_info, rebuild, renew_classes, save
+from students.detector import IMPOSSIBLE, DenseOutput, Detections, Detector, of_images
 from students.plan import Plan, apply_plan
 from students.shared_weights import SharedWeight
 from students.two_stage import RoiOutput, RoiSamples, TwoStageDetector, TwoStageOutput
 
 __all__ = [
     "FAMILIES",
+    "IMPOSSIBLE",
     "DenseOutput",
     "Detections",
     "Detector",
@@ -23,5 +24,7 @@ __all__ = [
     "narrow",
     "of_images",
     "read_info",
+    "rebuild",
+    "renew_classes",
     "save",
 ]

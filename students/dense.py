@@ -106,7 +106,7 @@ class DenseDetector(Detector):
         return (self.head.class_logits, self.head.box_distances)
 
     @property
-    def class_layers(self) -> tuple[nn.Conv2d, ...]:
+    def class_layers(self) -> tuple[nn.Module, ...]:
         return (self.head.class_logits,)
 
     @property

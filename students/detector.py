@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from students.plan import Plan
+
+IMPOSSIBLE = -1e4  # a logit whose probability is 0 in every precision, also behind a temperature
 
 
 class DenseOutput(NamedTuple):
@@ -80,6 +83,7 @@ class Detector(nn.Module, ABC):
     """A detector of any family. Subclasses take plain keyword arguments, so that a recipe can be written down.
 
     Attributes:
+        detects: whether it tells boxes and classes; some networks only teach, by their features.
         class_names: the names that labels stand for, in label order.
         recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
@@ -92,6 +96,7 @@ class Detector(nn.Module, ABC):
         notes: what a user should be told about how it was built.
     """
 
+    detects: bool = True
     class_names: list[str]
     recipe: dict[str, Any]
     plans: list[Plan]
@@ -114,6 +119,31 @@ class Detector(nn.Module, ABC):
         choice."""
         names = [self.recipe["name"], self.recipe.get("backbone", self.recipe.get("size", ""))]
         return " ".join(name for name in names if name not in ("dense", ""))
+
+    def arrange_classes(self, class_names: Sequence[str], rows: Sequence[int | None]) -> None:
+        """Gives the detector other classes in place of its own. The known ones keep their scores; the others, which
+        then stand in `unknown`, never have any.
+
+        Args:
+            class_names: the new classes, in label order.
+            rows: for each of them its own label so far, or None where it has learnt no such class.
+
+        Raises:
+            ValueError: a family whose class layers are not known.
+        """
+        if not self.class_layers:
+            raise ValueError(
+                f"the class layers of a {type(self).__name__} are not known, so it cannot be given other classes"
+            )
+        known = [label for label, row in enumerate(rows) if row is not None]
+        for layer in self.class_layers:
+            replace_rows(layer, len(self.class_names), len(rows), known, [rows[label] for label in known])
+        self._enter_classes(class_names, rows)
+
+    def _enter_classes(self, class_names: Sequence[str], rows: Sequence[int | None], **others: Any) -> None:
+        self.unknown = tuple(label for label, row in enumerate(rows) if row is None)
+        self.class_names = list(class_names)
+        self.recipe = {**self.recipe, "class_names": self.class_names, **others}
 
     @abstractmethod
     def forward(self, images: Tensor) -> DenseOutput:
@@ -189,11 +219,47 @@ class Detector(nn.Module, ABC):
         """The layers whose outputs mean something by position (class scores, box edges); no pruner may narrow them."""
 
     @property
-    def class_layers(self) -> tuple[nn.Conv2d, ...]:
-        """Those of them whose outputs are class logits; none where a family cannot be given other classes."""
+    def class_layers(self) -> tuple[nn.Module, ...]:
+        """Those of them whose outputs are something of each class; none where a family cannot be given others."""
         return ()
+
+    @property
+    def class_tensors(self) -> tuple[str, ...]:
+        """Names of all tensors that go by classes."""
+        layers = set(self.class_layers)
+        names = [name for name, module in self.named_modules() if module in layers]
+        return tuple(name for name in self.state_dict() if name.rpartition(".")[0] in names)
 
     @property
     @abstractmethod
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per RGB channel, for images in [0, 1], that this network expects."""
+
+
+@torch.no_grad()
+def replace_rows(
+    layer: nn.Module,
+    old: int,
+    new: int,
+    to: Sequence[int],
+    of: Sequence[int],
+    columns: int = 1,
+    empty: float = IMPOSSIBLE,
+) -> None:
+    """Gives a layer whose outputs go prediction by prediction, in each class by class, other classes.
+
+    Args:
+        layer: a convolution or linear layer with a bias, of A*old*columns outputs; changed in place.
+        old: classes that it has.
+        new: classes that it gets.
+        to: those of the new classes that are taken from the old ones; what the layer says of the others is `empty`.
+        of: the old class of each of these.
+        columns: outputs for each class.
+        empty: what it says of a class that it does not know.
+    """
+    weight, bias = (x.unflatten(0, (-1, old, columns)) for x in (layer.weight, layer.bias))
+    new_weight = weight.new_zeros(len(weight), new, *weight.shape[2:])
+    new_bias = bias.new_full((len(bias), new, columns), empty)
+    new_weight[:, to], new_bias[:, to] = weight[:, of], bias[:, of]
+    layer.weight, layer.bias = nn.Parameter(new_weight.flatten(0, 2)), nn.Parameter(new_bias.flatten())
+    setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(layer.bias))

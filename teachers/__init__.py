@@ -1,6 +1,7 @@
 """Teachers: detectors that are frozen and only asked."""
 
 from teachers.classes import hide_classes, speak
+from teachers.features import FeatureOutput, FeatureTeacher
 from teachers.frozen import PRECISIONS, Teacher, freeze
 from teachers.inherit import inherit
 from teachers.labels import label_images
@@ -8,6 +9,8 @@ from teachers.scaled import ScaledDetector
 
 __all__ = [
     "PRECISIONS",
+    "FeatureOutput",
+    "FeatureTeacher",
     "ScaledDetector",
     "Teacher",
     "freeze",

@@ -5,18 +5,15 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from students import DenseOutput, Detector
-
-IMPOSSIBLE = -1e4  # a logit whose probability is 0 in every precision, also behind a temperature
+from students import IMPOSSIBLE, DenseOutput, Detector
 
 
-@torch.no_grad()
 def speak(detector: Detector, class_names: Sequence[str], class_map: Mapping[str, str | None] | None = None) -> None:
     """Gives a detector another list of classes. It keeps what it knows of them; the rest it never detects.
 
-    The rows of its class layers are put into the new order. So everything that it says, from raw scores to detections,
+    Its class layers are put into the new order. So everything that it says, from raw scores to detections,
     is in the new labels, and those that it cannot give stand in `Detector.unknown`.
 
     Args:
@@ -49,23 +46,10 @@ def speak(detector: Detector, class_names: Sequence[str], class_map: Mapping[str
     if rows == list(range(len(own))):
         detector.class_names = list(class_names)
         return
-    if not detector.class_layers:
-        raise ValueError(
-            f"class_map: the class layers of a {type(detector).__name__} are not known, so it cannot be given other "
-            f"classes; its own are {', '.join(own)}"
-        )
-    known = [label for label, row in enumerate(rows) if row is not None]
-    for layer in detector.class_layers:
-        weight, bias = (x.unflatten(0, (detector.anchors, len(own))) for x in (layer.weight, layer.bias))
-        new_weight = weight.new_zeros(detector.anchors, len(rows), *weight.shape[2:])
-        new_bias = bias.new_full((detector.anchors, len(rows)), IMPOSSIBLE)
-        new_weight[:, known] = weight[:, [rows[label] for label in known]]
-        new_bias[:, known] = bias[:, [rows[label] for label in known]]
-        layer.weight, layer.bias = nn.Parameter(new_weight.flatten(0, 1)), nn.Parameter(new_bias.flatten())
-        layer.out_channels = len(layer.bias)
-    detector.unknown = tuple(label for label, row in enumerate(rows) if row is None)
-    detector.class_names = list(class_names)
-    detector.recipe = {**detector.recipe, "class_names": detector.class_names}
+    try:
+        detector.arrange_classes(class_names, rows)
+    except ValueError as error:
+        raise ValueError(f"class_map: {error}; its own are {', '.join(own)}") from None
 
 
 def hide_classes(output: DenseOutput, labels: tuple[int, ...], anchors: int) -> DenseOutput:

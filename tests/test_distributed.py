@@ -50,6 +50,7 @@ def train_and_see():
         finished = fit(run)
         plans = [plan.to_json() for plan in run.unit.student.plans]
         seen.update(parameters=digest(run.unit.parameters()), plans=plans, terms=len(run.unit.terms))
+        seen.update(teachers=digest(x for t in run.teachers.values() for x in t.detector.state_dict().values()))
         models, optimizers = run.accelerator._models, run.accelerator._optimizers
         owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         seen["models"] = [run.accelerator.unwrap_model(model) is run.unit for model in models]
@@ -118,6 +119,19 @@ def test_a_process_that_cuts_otherwise_is_found(settings, on_processes, monkeypa
     ended = on_processes(2, train.main)
     assert [one.value for one in ended] == [2, 2], ended[0].said + ended[1].said
     assert "processes: 1 of 2 hold another student" in ended[0].said
+
+
+def test_two_processes_hold_the_same_student_of_before(settings, launch, tmp_path):
+    settings |= {"teacher": "original", "balance": "none", "train": {"epochs": 2}}
+    settings["losses"] = {"soft_label": {"name": "dense_sigmoid"}, "mimic": {"name": "pkd", "adapter": "select"}}
+    settings["data"]["batch_size"] = 2
+    settings["pruning"] |= {"end": 1, "every": 1}
+    first, second, _ = launch(settings)
+    assert first["teachers"] == second["teachers"] and first["kept"] == second["kept"]
+    # to the bit what lies in the run folder
+    tensors = students.load(tmp_path / "run/teacher").state_dict().values()
+    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+    assert first["teachers"] == hashlib.sha256(content).hexdigest()
 
 
 def test_a_process_without_labelled_images_stays_in_step(settings, launch, scenes, build_tiny, tmp_path):

@@ -44,7 +44,7 @@ class FineTuning:
         # labels in the student's order
         self.data = build.build_data(config.data.model_copy(update={"classes": list(student.class_names)}), config.seed)
         self.folder = RunFolder(run)
-        detectors = build.build_teachers(_with_own_teachers(config, self.folder), self.data.class_names)
+        detectors = build.build_teachers(_with_own_teachers(config, self.folder), self.data.class_names, student)
         self.teachers = {
             name: Teacher(detector, self.device, config.all_teachers[name].precision)
             for name, detector in detectors.items()
@@ -103,7 +103,8 @@ class FineTuning:
     def _unit(self, student: Detector) -> Distiller:
         """The student with its losses, bound to the teachers."""
         detectors = {name: teacher.detector for name, teacher in self.teachers.items()}
-        unit = build.build_unit(self.config, self.data.class_names, detectors, student)
+        # what it once started with from its teacher it has built on since
+        unit = build.build_unit(self.config.model_copy(update={"inherit": []}), student, detectors)
         unit.combiner.epoch = self.config.train.epochs
         self._load_adapters(unit)
         unit.to(self.device, memory_format=torch.channels_last)
@@ -127,15 +128,15 @@ class FineTuning:
 
 
 def _with_own_teachers(config: Config, folder: RunFolder) -> Config:
-    """The settings with the paths of the teachers that the run trained first."""
+    """The settings with the paths of the teachers that the run trained first, or kept of its student."""
     paths = {}
     for name, teacher in config.all_teachers.items():
-        if teacher.path is None:
+        if teacher.trained_first or teacher.itself == "original":
             own = folder.teacher(name)
             if not own.is_dir():
                 key = config.teacher_key(name)
                 raise UserError(f"{own}: the run's own teacher is not there; give one by {key}.path=PATH")
-            paths[name] = teacher.model_copy(update={"path": str(own)})
+            paths[name] = teacher.model_copy(update={"path": str(own), "itself": None})
         else:
             paths[name] = teacher
     changed = {"teachers": paths} if config.teachers else {"teacher": next(iter(paths.values()), None)}

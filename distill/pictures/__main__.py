@@ -7,6 +7,7 @@ A finished run that has never been looked at is, if its data and its teacher are
 
 import argparse
 import sys
+from pathlib import Path
 
 import students
 from distill.build import evaluation_split
@@ -56,10 +57,9 @@ def look_at(run: RunFolder) -> None:
     samples = choose_samples(evaluation_split(config.data, config.data.val, student.class_names).loader.dataset)
     scenes = make_scenes(samples)
     detectors: dict[str, Detector] = {"student": student}
-    teachers = {
-        teacher_title(name): students.load(teacher.path or run.teacher(name))
-        for name, teacher in config.all_teachers.items()
-    }
+    folders = {name: Path(teacher.path or run.teacher(name)) for name, teacher in config.all_teachers.items()}
+    # one that is the student's own average is not there
+    teachers = {teacher_title(name): students.load(folder) for name, folder in folders.items() if folder.is_dir()}
     detectors = {**teachers, **detectors}
     for name, detector in detectors.items():
         scenes = with_looks(scenes, name, look(detector, samples))

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from accelerate import Accelerator
 
@@ -17,6 +18,7 @@ from distill.run_folder import RunFolder
 from students import Detector
 
 SHARE = 0.05  # of a run's time that pictures may take; where epochs are shorter than that allows, some go undrawn
+STUDENT = "student"  # what it is shown as
 GUESS = 3.0  # seconds that they take, before that is known
 
 
@@ -28,14 +30,11 @@ class Album:
     Args:
         run: where the pictures go.
         data: a few images of its validation split are watched.
-        teachers: by the name they are shown under; they are asked once, as they do not change.
         accelerator: tells which process this is.
         report: for what goes wrong.
     """
 
-    def __init__(
-        self, run: RunFolder, data: Data, teachers: dict[str, Detector], accelerator: Accelerator, report: Report
-    ):
+    def __init__(self, run: RunFolder, data: Data, accelerator: Accelerator, report: Report):
         self._run, self._report = run, report
         self._active = accelerator.is_main_process
         self._class_names = data.class_names
@@ -48,10 +47,18 @@ class Album:
             run.pictures.mkdir(exist_ok=True)
             self._samples = choose_samples(data.val.loader.dataset)
             self._scenes = make_scenes(self._samples)
-            for name, teacher in teachers.items():
-                self._scenes = with_looks(self._scenes, name, look(teacher, self._samples))
         with self._harmless(), styled():
             self._draw_first_batch(data)
+
+    def show(self, name: str, teacher: Detector) -> None:
+        """Shows one more teacher, in front of the student. It is asked once, as it does not change."""
+        if self._active and self._samples:
+            with self._harmless():
+                self._scenes = with_looks(self._scenes, name, look(teacher, self._samples))
+                self._scenes = [
+                    replace(scene, looks={key: scene.looks[key] for key in scene.looks if key != STUDENT})
+                    for scene in self._scenes
+                ]
 
     def update(self, student: Detector, last: bool = False) -> None:
         """Draws the run as it stands, unless pictures have had their share of the time.
@@ -65,7 +72,7 @@ class Album:
             return
         with self._harmless():
             if self._samples:
-                self._scenes = with_looks(self._scenes, "student", look(student, self._samples))
+                self._scenes = with_looks(self._scenes, STUDENT, look(student, self._samples))
                 keep_scenes(self._run, self._scenes, self._class_names)
             keep_widths(self._run, student)
         with self._harmless():

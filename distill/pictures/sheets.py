@@ -73,7 +73,8 @@ def draw_batch(batch: Batch, class_names: list[str], most: int = 8) -> Figure | 
     figure, grid = new_sheet(-(-shown // columns), columns, height / width, head=_legend_height(class_names))
     for axes, image, target in zip((axes for row in grid for axes in row), batch.images, batch.targets):
         axes.imshow(image.permute(1, 2, 0).numpy())
-        show_boxes(axes, target["boxes"].numpy(), target["labels"].numpy(), class_names)
+        if target is not None:  # it is of an image without labels
+            show_boxes(axes, target["boxes"].numpy(), target["labels"].numpy(), class_names)
     _name_classes(figure, class_names)
     return figure
 

@@ -51,7 +51,7 @@ def match_levels(
         raise ValueError(
             f"levels: the student's levels (strides {list(student_strides)}) and the teacher's "
             f"({list(teacher_strides)}) have none in common{' and none within a factor of 2' if interpolate else ''}; "
-            "change student.levels"
+            "change student.levels, or the size that the teacher sees images at (its image_size)"
         )
     if levels is None:
         return pairs
@@ -90,6 +90,7 @@ class KnowledgeTerm(nn.Module, ABC):
 
     Attributes:
         interpolates: whether levels of unlike stride may meet; sound for maps, not for what is said of each location.
+        uses_head: whether it goes by more of the teacher than its pyramid.
         uses_classes: whether it goes by the teacher's class scores, which must be of classes that the student has.
         uses_boxes: whether it goes by the ground truth's boxes; where there are none, a teacher's detections stand in.
         pairs: (student level, teacher level).
@@ -98,6 +99,7 @@ class KnowledgeTerm(nn.Module, ABC):
     """
 
     interpolates: ClassVar[bool] = False
+    uses_head: ClassVar[bool] = True
     uses_classes: ClassVar[bool] = False
     uses_boxes: ClassVar[bool] = False
 
@@ -140,7 +142,8 @@ class Level(NamedTuple):
         name: the student's, such as P3.
         student: (B, C, H, W) behind its adapter.
         teacher: the same shape.
-        teacher_logits: (B, A*K, H, W) class scores of the teacher's head there, before the sigmoid.
+        teacher_logits: (B, A*K, H, W) class scores of the teacher's head there, before the sigmoid; None for terms that
+            do not use them.
         boxes: (N_i, 4) xyxy in pixels for each image, the ground truth.
         image_size: height and width of the batch, pixels.
     """
@@ -148,7 +151,7 @@ class Level(NamedTuple):
     name: str
     student: Tensor
     teacher: Tensor
-    teacher_logits: Tensor
+    teacher_logits: Tensor | None
     boxes: list[Tensor]
     image_size: tuple[int, int]
 
@@ -168,6 +171,7 @@ class FeatureTerm(KnowledgeTerm):
     """
 
     interpolates = True
+    uses_head = False
 
     def __init__(
         self,
@@ -194,7 +198,7 @@ class FeatureTerm(KnowledgeTerm):
         boxes = [target["boxes"].to(adapted[0].device) for target in targets]
         losses = []
         for (name, adapter), x, (_, j) in zip(self.adapters.items(), adapted, self.pairs):
-            y, logits = teacher.features[j], resize_like(teacher.class_logits[j], x)
+            y, logits = teacher.features[j], resize_like(teacher.class_logits[j], x) if self.uses_classes else None
             if isinstance(adapter, ChannelSelection):
                 y = adapter.select(y)
             losses.append(self.level_loss(Level(name, x, resize_like(y, x), logits, boxes, image_size)))

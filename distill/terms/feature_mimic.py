@@ -26,7 +26,7 @@ class PKDTerm(FeatureTerm):
 class ScoreWeightedMimicTerm(FeatureTerm):
     """See `losses.score_weighted_mimic`; the weights are the teacher's highest class scores."""
 
-    uses_classes = True
+    uses_head = uses_classes = True
 
     def level_loss(self, level: Level) -> Tensor:
         return score_weighted_mimic(level.student, level.teacher, best_scores(level.teacher_logits))

@@ -22,6 +22,7 @@ class AttentionTransferTerm(KnowledgeTerm):
     """
 
     interpolates = True
+    uses_head = False
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class AttentionGuidedTerm(KnowledgeTerm):
     """See `losses.AttentionGuided`, which brings adapters of its own, one module a level."""
 
     interpolates = True
+    uses_head = False
 
     def __init__(
         self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None, **settings: float | bool

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from students.detector import Detections, Detector
+from students.detector import Detections, Detector, replace_rows
 from students.torchvision_families.weights import FirstWeights
 
 
@@ -39,6 +39,7 @@ class TorchvisionDetector(Detector):
         first.load_detector(model, class_layers, unused)
         self.model = model
         self.notes = first.notes
+        self._of_classes = tuple(class_layers)
         # buffers, not constants: a saved detector brings along what its weights were trained with
         self.register_buffer("mean", torch.tensor(model.transform.image_mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(model.transform.image_std).view(1, 3, 1, 1))
@@ -52,6 +53,33 @@ class TorchvisionDetector(Detector):
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         return (self.model.backbone,)  # what torchvision's heads do is called piece by piece
+
+    @property
+    def class_layers(self) -> tuple[nn.Module, ...]:
+        names = {layer: f"{name}." for name, layer in self.model.named_modules()}
+        return tuple(layer for layer in self.output_layers if names[layer].startswith(self._of_classes))
+
+    def arrange_classes(self, class_names: Sequence[str], rows: Sequence[int | None]) -> None:
+        """See `Detector.arrange_classes`. The head keeps all its classes, since in a softmax what one of them loses
+        goes to the others; new ones are appended, and which of them are ours is written down anew."""
+        old = self.head_classes
+        appended = iter(range(old, old + len(rows)))
+        channels = [next(appended) if row is None else int(self.class_channels[row]) for row in rows]
+        new = old + rows.count(None)
+        if new > old:
+            self.widen_head(new)
+        self.class_channels = self.class_channels.new_tensor(channels)
+        self._enter_classes(class_names, rows, head_classes=new)
+
+    def widen_head(self, classes: int) -> None:
+        """Appends classes to the head that it never gives, up to a number of them."""
+        old, to = self.head_classes, range(self.head_classes)
+        for layer in self.class_layers:
+            replace_rows(layer, old, classes, to, to)
+
+    @property
+    def class_tensors(self) -> tuple[str, ...]:
+        return (*super().class_tensors, "class_channels")
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

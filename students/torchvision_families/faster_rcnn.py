@@ -15,7 +15,7 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import initLevelMapper
 
-from students.detector import Detections
+from students.detector import Detections, replace_rows
 from students.torchvision_families.backbone import (
     MOBILENET,
     build_fpn_backbone,
@@ -194,6 +194,11 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
     @property
     def head_classes(self) -> int:
         return self.model.roi_heads.box_predictor.cls_score.out_features
+
+    def widen_head(self, classes: int) -> None:
+        predictor, old = self.model.roi_heads.box_predictor, self.head_classes
+        replace_rows(predictor.cls_score, old, classes, range(old), range(old))
+        replace_rows(predictor.bbox_pred, old, classes, range(old), range(old), columns=4, empty=0.0)
 
     @property
     def strides(self) -> tuple[int, ...]:

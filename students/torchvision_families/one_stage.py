@@ -174,6 +174,10 @@ class PyramidDetector(OneStageDetector):
     def head_classes(self) -> int:
         return self.model.head.classification_head.num_classes
 
+    def widen_head(self, classes: int) -> None:
+        super().widen_head(classes)
+        self.model.head.classification_head.num_classes = classes
+
     @property
     def strides(self) -> tuple[int, ...]:
         return (8, 16, 32, 64, 128)

@@ -68,6 +68,10 @@ class SSDDetector(OneStageDetector):
     def head_classes(self) -> int:
         return self.model.head.classification_head.num_columns
 
+    def widen_head(self, classes: int) -> None:
+        super().widen_head(classes)
+        self.model.head.classification_head.num_columns = classes
+
 
 class SSD300Detector(SSDDetector):
     """torchvision's SSD300 on VGG-16, for images of at least 268 pixels a side.

@@ -128,7 +128,7 @@ def test_overrides_that_are_none(write, override, message):
         ("teacher=null", "losses are given but no teacher; add a teacher section, or remove losses"),
         (
             "teacher.class_map={a: b}",
-            "teacher: class_map is for a teacher from a path; one that is trained first has the",
+            "teacher: class_map is for a teacher from a path; any other has the data's",
         ),
         ("teachers.big={path: x}", "teacher and teachers are both given; name them all under teachers (teacher=null)"),
         ("losses.box.teacher=big", "losses.box.teacher: found 'big'; there is teacher"),

@@ -108,7 +108,7 @@ def test_imagenet_weights_without_their_package_name_the_extra(monkeypatch):
 )
 def test_packaged_weights_are_all_taken_with_their_normalisation():
     name = "tf_efficientnet_lite0"
-    packaged = list(read_weights(backbone_module._packaged_weights(name)).values())
+    packaged = list(read_weights(backbone_module.packaged_weights(name)).values())
     backbone = Backbone(name, STRIDES, "imagenet")
     assert backbone.normalization == LITE_NORMALIZATION
     own = backbone.body.state_dict()

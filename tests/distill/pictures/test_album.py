@@ -27,7 +27,9 @@ def data(scenes):
 def make_album(finished, data, build_tiny):
     def make() -> Album:
         teacher = build_tiny(seed=1, class_names=data.class_names).eval()
-        return Album(finished, data, {"teacher": teacher}, Accelerator(), Report())
+        album = Album(finished, data, Accelerator(), Report())
+        album.show("teacher", teacher)
+        return album
 
     return make
 
