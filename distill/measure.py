@@ -36,8 +36,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_nonzero(model: nn.Module) -> int:
-    """Parameters, but for weights (of more than one dimension) that are exactly 0, as masks leave them."""
-    return sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in model.parameters())
+    """Parameters, but for weights (of more than one dimension) that are exactly 0, as masks leave them.
+
+    On the meta device, where there are no values, all count.
+    """
+    return sum(int(p.count_nonzero()) if p.dim() > 1 and not p.is_meta else p.numel() for p in model.parameters())
 
 
 def run_whole(model: nn.Module, images: Tensor) -> object:
