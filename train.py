@@ -174,7 +174,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
             for note in index.notes.summary():
                 report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
         if dry_run:
-            half = accelerator.mixed_precision != "no"
+            half = {"no": None, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.bfloat16)
             teachers = make_teachers(config, detectors, accelerator)
             step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
             report.banner(f"a step of {config.data.batch_size} images", step.rows())
