@@ -225,10 +225,18 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def passed_over(bench: Bench, run: Path, checkpoint: Path, lost: str) -> Outcome:
+    """Goes on with a run whose last checkpoint is unreadable: it is told so, and ends with the same student."""
+    (ended,) = bench.resume(run)
+    said = next((line for line in ended.out.splitlines() if str(checkpoint) in line), "")
+    return Outcome(said, lost, ended.status == 0 and bool(said) and bench.same(run, "distilled"))
+
+
 @fault("the last checkpoint is half a file")
 def half(bench: Bench, run: Path) -> Outcome:
-    truncate(break_off(bench, run)[-1])
-    return Outcome("", "steps since the checkpoint before it", goes_on(bench, run, "distilled"))
+    last = break_off(bench, run)[-1]
+    truncate(last)
+    return passed_over(bench, run, last, "steps since the checkpoint before it")
 
 
 @fault("all checkpoints are half a file")
@@ -262,9 +270,10 @@ class Bomb:
 @fault("a malicious pickle as the last checkpoint")
 def bomb(bench: Bench, run: Path) -> Outcome:
     mark = run.with_name("executed")
-    break_off(bench, run)[-1].write_bytes(pickle.dumps(Bomb(mark)))
-    good = goes_on(bench, run, "distilled") and not mark.exists()
-    return Outcome("", "steps since the checkpoint before it; it is never executed", good)
+    last = break_off(bench, run)[-1]
+    last.write_bytes(pickle.dumps(Bomb(mark)))
+    outcome = passed_over(bench, run, last, "steps since the checkpoint before it; it is never executed")
+    return dataclasses.replace(outcome, good=outcome.good and not mark.exists())
 
 
 @fault("malicious pickles alone as checkpoints")
