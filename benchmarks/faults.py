@@ -403,9 +403,7 @@ FAULTS |= {
         spoil("train"), "1 images skipped", lost="the image", changes=SKIP
     ),
     "a corrupt image in val, to be skipped": damaged(spoil("val"), "1 images skipped", lost="the image", changes=SKIP),
-    "an empty image file": damaged(
-        lambda scenes: first_image(scenes, "train").write_bytes(b""), "images/train", lost=SINCE
-    ),
+    "an empty image file": damaged(lambda scenes: first_image(scenes, "train").write_bytes(b""), "images/train"),
     "a missing image": damaged(lambda scenes: first_image(scenes, "train").unlink(), "images/train"),
     "an empty annotation file": damaged(write(""), "train.json"),
     "a malformed annotation file": damaged(write('{"images": [}'), "train.json", "line 1"),
