@@ -36,7 +36,7 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
 from distill.footprint import estimate
-from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
+from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint, tell_left_out
 from distill.interruption import Interruption, Stopped
 from distill.measure import count_macs, count_parameters, measure_cuts, measure_latency, share_nonzero
 from distill.model_card import write_model_card
@@ -141,7 +141,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
             for note in index.notes.summary():
                 report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
         if dry_run:
-            half = accelerator.mixed_precision != "no"
+            half = {"no": None, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.bfloat16)
             teachers = make_teachers(config, detectors, accelerator)
             step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
             report.banner(f"a step of {config.data.batch_size} images", step.rows())
@@ -227,7 +227,9 @@ def fit(run: Run) -> bool:
     progress = Progress(uncut_macs=count_macs(student, image_size), processes=accelerator.num_processes)
     earlier = len(student.plans)
     if resumes:
-        progress = load_checkpoint(run.folder.checkpoints, unit, ema, optimizer, accelerator)
+        progress, refused = load_checkpoint(run.folder.checkpoints, unit, ema, optimizer, accelerator)
+        for reason in refused:
+            report.warn(f"{reason}; the one before it is taken")
         within = f", {progress.within.step} steps of the next" if progress.within else ""
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
     originals = config.teachers_itself("original")
@@ -314,9 +316,6 @@ def fit(run: Run) -> bool:
         start_after(run.data.train.loader, within.step * config.data.batch_size * accelerator.num_processes)
         with report.progress(len(loader) - within.step, f"epoch {epoch + 1}/{epochs}") as bar:
             losses = train_epoch(run, trained, loader, stepper, ema, within, enter_step, save, bar)
-        if unit.skipped:
-            times = ", ".join(f"{name} {count} times" for name, count in unit.skipped.items())
-            report.warn(f"losses that were no numbers and were left out so far: {times}")
         if found := sorted(set(within.unreadable) - reported):
             report.warn(f"{counted(len(found), 'image')} could not be read and were skipped: {', '.join(found)}")
             reported.update(found)
@@ -394,11 +393,12 @@ def train_epoch(
         Stopped: the run was asked to stop; everything up to here is saved.
         UserError: a loss is no longer a number.
     """
-    unit, accelerator, settings = run.unit, run.accelerator, run.config.train.optimizer
+    unit, accelerator, settings, folder = run.unit, run.accelerator, run.config.train.optimizer, run.folder
     rank = accelerator.process_index
     trained.train()
     sums = {name: torch.tensor(value, device=accelerator.device) for name, value in within.sums.items()}
     seen: deque[tuple[int, list[str]]] = deque(maxlen=CHECK_EVERY)
+    left_out: list[tuple[int, str, list[str]]] = []
 
     def bring_forward(steps: int) -> None:
         reduced = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
@@ -416,7 +416,9 @@ def train_epoch(
         torch.manual_seed(hash((run.config.seed, unit.combiner.step, rank)) % 2**63)
         with accelerator.accumulate(trained):
             lessons = unit.ask(run.teachers, batch.images, batch.targets)
+            before = unit.skipped.copy()
             loss, parts = trained(batch.images, batch.targets, lessons)
+            left_out += [(unit.combiner.step, name, seen[-1][1]) for name in unit.skipped - before]
             if run.sparsity:
                 penalty = run.sparsity(unit.combiner.epoch)
                 loss, parts = loss + penalty, parts | {PENALTY: penalty.detach()}
@@ -435,13 +437,15 @@ def train_epoch(
         bar.advance({name: float(value) for name, value in parts.items()} if looks else None)
         due = run.interruption.due() if accelerator.sync_gradients else None
         if looks or due:
-            check_losses(unit, accelerator, seen, run.folder.failure_file)
+            check_losses(unit, accelerator, seen, folder.failure_file)
         if due:
             bring_forward(step + 1)
             save()
         if due == "stop":
-            run.interruption.stop(f"all {step + 1} steps of the epoch are kept; train.py --resume {run.folder.path}")
-    check_losses(unit, accelerator, seen, run.folder.failure_file)
+            run.interruption.stop(f"all {step + 1} steps of the epoch are kept; train.py --resume {folder.outermost}")
+    check_losses(unit, accelerator, seen, folder.failure_file)
+    for line in tell_left_out(unit, accelerator, left_out, folder.failure_file):
+        run.report.warn(line)
     bring_forward(len(loader))
     return {name: value / within.step for name, value in within.sums.items()}
 

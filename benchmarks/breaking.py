@@ -174,6 +174,7 @@ class Bench:
         if pid:
             return pid
         try:
+            os.setpgrp()  # as launchers do
             for descriptor, file in zip((1, 2), said):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))

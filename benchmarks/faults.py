@@ -114,7 +114,7 @@ def stopped(kind: str, signals: list[signal.Signals], status: int, first_only: b
         def send(pids: list[int]) -> None:
             for number in signals:
                 for pid in pids[:1] if first_only else pids:
-                    os.kill(pid, number)
+                    os.killpg(pid, number)  # as terminals and launchers do it
                 time.sleep(0.001)
 
         ended = bench.run(kind, run, break_it=after_checkpoint(run, send))
@@ -125,6 +125,7 @@ def stopped(kind: str, signals: list[signal.Signals], status: int, first_only: b
 
 
 FAULTS["SIGTERM"] = stopped("distilled", [signal.SIGTERM], 143)
+FAULTS["SIGTERM, with processes that load images"] = stopped("plain", [signal.SIGTERM], 143)
 FAULTS["SIGTERM to one of two processes"] = stopped("two processes", [signal.SIGTERM], 143, first_only=True)
 FAULTS["Ctrl-C"] = stopped("plain", [signal.SIGINT], 130)
 FAULTS["Ctrl-C, twice"] = stopped("plain", [signal.SIGINT] * 2, 130)
@@ -224,10 +225,18 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def passed_over(bench: Bench, run: Path, checkpoint: Path, lost: str) -> Outcome:
+    """Goes on with a run whose last checkpoint is unreadable: it is told so, and ends with the same student."""
+    (ended,) = bench.resume(run)
+    said = next((line for line in ended.out.splitlines() if str(checkpoint) in line), "")
+    return Outcome(said, lost, ended.status == 0 and bool(said) and bench.same(run, "distilled"))
+
+
 @fault("the last checkpoint is half a file")
 def half(bench: Bench, run: Path) -> Outcome:
-    truncate(break_off(bench, run)[-1])
-    return Outcome("", "steps since the checkpoint before it", goes_on(bench, run, "distilled"))
+    last = break_off(bench, run)[-1]
+    truncate(last)
+    return passed_over(bench, run, last, "steps since the checkpoint before it")
 
 
 @fault("all checkpoints are half a file")
@@ -261,9 +270,10 @@ class Bomb:
 @fault("a malicious pickle as the last checkpoint")
 def bomb(bench: Bench, run: Path) -> Outcome:
     mark = run.with_name("executed")
-    break_off(bench, run)[-1].write_bytes(pickle.dumps(Bomb(mark)))
-    good = goes_on(bench, run, "distilled") and not mark.exists()
-    return Outcome("", "steps since the checkpoint before it; it is never executed", good)
+    last = break_off(bench, run)[-1]
+    last.write_bytes(pickle.dumps(Bomb(mark)))
+    outcome = passed_over(bench, run, last, "steps since the checkpoint before it; it is never executed")
+    return dataclasses.replace(outcome, good=outcome.good and not mark.exists())
 
 
 @fault("malicious pickles alone as checkpoints")
@@ -393,9 +403,7 @@ FAULTS |= {
         spoil("train"), "1 images skipped", lost="the image", changes=SKIP
     ),
     "a corrupt image in val, to be skipped": damaged(spoil("val"), "1 images skipped", lost="the image", changes=SKIP),
-    "an empty image file": damaged(
-        lambda scenes: first_image(scenes, "train").write_bytes(b""), "images/train", lost=SINCE
-    ),
+    "an empty image file": damaged(lambda scenes: first_image(scenes, "train").write_bytes(b""), "images/train"),
     "a missing image": damaged(lambda scenes: first_image(scenes, "train").unlink(), "images/train"),
     "an empty annotation file": damaged(write(""), "train.json"),
     "a malformed annotation file": damaged(write('{"images": [}'), "train.json", "line 1"),
@@ -532,6 +540,7 @@ def main() -> None:
         if outcome.good:
             found[title] = dataclasses.asdict(outcome)
             results.write_text(json.dumps(found, indent=2) + "\n")
+    found = {title: found[title] for title in FAULTS if title in found}  # not in the order that they were tried in
     rows = [[title, f"`{entry['said']}`" if entry["said"] else "", entry["lost"]] for title, entry in found.items()]
     table = markdown(["what happens", "what the user sees", "what is lost"], rows).replace("--:", ":--")
     if args.report:

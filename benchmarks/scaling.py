@@ -98,7 +98,7 @@ def main() -> None:
             found = measure(config, names, args.steps)
         else:
             device = Accelerator().device
-            step = estimate(config, *build_all(config, names, device), device, 1, half=False)
+            step = estimate(config, *build_all(config, names, device), device, 1, half=None)
             found = {"memory": sum(step.memory.values()), "seconds": sum(step.seconds.values()), "rows": step.rows()}
         print("FOUND" + json.dumps(found))
         return

@@ -14,6 +14,7 @@ from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.pruning.pruner import cut_everywhere
+from distill.run_folder import RunFolder
 from students import Plan
 
 BEFORE_CUT = "before_cut.pt"  # what a cut that is still to be judged goes back to
@@ -144,7 +145,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         aside.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({_first_line(error)}); make room, or mend the folder's rights, and go on from "
-            f"the checkpoint before it: train.py --resume {folder.parent}"
+            f"the checkpoint before it: train.py --resume {RunFolder(folder.parent).outermost}"
         ) from error
 
 
@@ -166,13 +167,16 @@ def _drop_older(folder: Path) -> None:
 
 def load_checkpoint(
     folder: Path, unit: Distiller, ema: EMA | None, optimizer: Optimizer, accelerator: Accelerator
-) -> Progress:
+) -> tuple[Progress, list[str]]:
     """Brings freshly built parts to where the newest checkpoint left them, its cuts replayed.
+
+    Returns:
+        Where the run stands, and of each newer checkpoint that could not be taken, why.
 
     Raises:
         UserError: no checkpoint, or one that belongs to other settings.
     """
-    path, state = _read_newest(folder, accelerator.num_processes)
+    path, state, refused = _read_newest(folder, accelerator.num_processes)
     progress = Progress.from_dict(state["progress"])
     progress.processes = accelerator.num_processes
     try:
@@ -187,10 +191,10 @@ def load_checkpoint(
         raise UserError(f"resume: {path} does not fit this run's config.yaml ({_first_line(error)})") from error
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    return progress
+    return progress, refused
 
 
-def _read_newest(folder: Path, processes: int) -> tuple[Path, dict[str, Any]]:
+def _read_newest(folder: Path, processes: int) -> tuple[Path, dict[str, Any], list[str]]:
     """The newest checkpoint that is whole, as a crash of the machine may have cut the last one short, and that fits.
 
     One made within an epoch fits as many processes as it was made on: with others, the batches would be other ones.
@@ -204,7 +208,7 @@ def _read_newest(folder: Path, processes: int) -> tuple[Path, dict[str, Any]]:
             refused.append(f"{path} cannot be read ({type(error).__name__})")
             continue
         if made_on == processes:
-            return path, state
+            return path, state, refused
         refused.append(f"{path} was made within an epoch on {made_on} processes, this run has {processes}")
     if not refused:
         raise UserError(f"resume: {folder} holds no checkpoint; start the run anew")

@@ -17,6 +17,7 @@ from teachers import Teacher
 
 SAMPLE = 2  # images of the pass that activations are counted in; one would upset batch norms
 BOXES = 8  # objects on each of them
+FEW, MANY, SHORT = 4, 16, 1.0  # images that passes are timed on, on a CPU; MANY where FEW take less than SHORT seconds
 NUMBER = 4  # bytes of a float32
 MOVED = 7  # numbers that AdamW reads and writes for each parameter: itself, its gradient and two averages
 
@@ -48,7 +49,12 @@ class Footprint:
 
 
 def estimate(
-    config: Config, unit: Distiller, teachers: Mapping[str, Teacher], device: torch.device, processes: int, half: bool
+    config: Config,
+    unit: Distiller,
+    teachers: Mapping[str, Teacher],
+    device: torch.device,
+    processes: int,
+    half: torch.dtype | None,
 ) -> Footprint:
     """What a step of these settings will take.
 
@@ -62,7 +68,7 @@ def estimate(
         teachers: on the device, by name.
         device: where training will run.
         processes: how many take part; with several, gradients lie in buckets once more.
-        half: whether passes run in half precision; activations then count half, and weights half more.
+        half: the half precision that passes run in, if any; activations then count half, and weights half more.
     """
     size, batch = config.data.image_size, config.data.batch_size
     unit = copy.deepcopy(unit).to(device, memory_format=torch.channels_last).train()
@@ -70,7 +76,7 @@ def estimate(
     trained = [p for p in unit.parameters() if p.requires_grad]
     number, of_student = sum(p.numel() for p in trained), sum(p.numel() for p in unit.student.parameters())
     adapters = count_parameters(unit) - of_student
-    copies = 2 + (processes > 1) + half / 2  # weights and gradients
+    copies = 2 + (processes > 1) + 0.5 * bool(half)  # weights and gradients
     kept, outputs, largest = count_kept(unit, teachers, size)
     scale = 0.5 if half else 1.0
     memory = {
@@ -85,8 +91,11 @@ def estimate(
         "on the way": largest * scale * batch,
     }
 
-    sample = min(batch, 4) if device.type == "cpu" else batch
-    asked, both, task = time_passes(unit, teachers, size, sample, device)
+    sample = min(batch, FEW) if device.type == "cpu" else batch
+    asked, both, task = time_passes(unit, teachers, size, sample, device, half)
+    if sample < batch and asked + both < SHORT:  # what does not grow with the batch counts
+        sample = min(batch, MANY)
+        asked, both, task = time_passes(unit, teachers, size, sample, device, half)
     forwards = sum(count_macs(teacher.shape, size) for teacher in teachers.values()) * batch
     of_student_macs = 3 * count_macs(unit.student, size) * batch
     seconds = {
@@ -129,7 +138,12 @@ def count_kept(unit: Distiller, teachers: Mapping[str, Teacher], size: tuple[int
 
 
 def time_passes(
-    unit: Distiller, teachers: Mapping[str, Teacher], size: tuple[int, int], batch: int, device: torch.device
+    unit: Distiller,
+    teachers: Mapping[str, Teacher],
+    size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+    half: torch.dtype | None,
 ) -> tuple[float, float, float]:
     """Seconds of the teachers' passes, of the unit's forwards and back, and of the same without knowledge terms."""
     images, targets = blank(batch, size, device)
@@ -140,13 +154,16 @@ def time_passes(
     lessons = ask()
 
     def distil() -> None:
-        task, terms, features = unit.losses(images, targets, lessons)
+        with torch.autocast(device.type, half, enabled=bool(half)):
+            task, terms, features = unit.losses(images, targets, lessons)
         if unit.combiner.balance == "gradient" and terms:  # at every tenth step
             gradient_norms([task, *terms.values()][: 1 + len(terms) // unit.combiner.EVERY], features)
         sum(terms.values(), task).backward()
 
     def learn() -> None:
-        unit.task_loss(unit.student(images), targets).backward()
+        with torch.autocast(device.type, half, enabled=bool(half)):
+            task = unit.task_loss(unit.student(images), targets)
+        task.backward()
 
     asked = fastest(ask, device) if teachers else 0.0
     return asked, fastest(distil, device), fastest(learn, device)

@@ -17,6 +17,7 @@ from distill.data import Batch
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
+from distill.run_folder import RunFolder
 from distill.schema import Config
 from teachers import Teacher, label_images
 
@@ -117,14 +118,43 @@ def check_losses(unit: Distiller, accelerator: Accelerator, seen: Iterable[tuple
     images = next((files for number, files in seen if number == step), [])
     step, losses, images = min(gather_object([(step, losses, images)] if losses else []))
     if accelerator.is_main_process:
-        found = {"losses": losses, "step": step, "epoch": int(unit.combiner.epoch) + 1, "images": images}
-        file.write_text(json.dumps(found, indent=2) + "\n")
+        _write_failure(file, losses, step, unit, images)
+    folder = RunFolder(file.parent).outermost
     way_out = "lower train.optimizer.lr" if losses[0] == "task" else f"lower losses.{losses[0]}.weight, or leave it out"
     raise UserError(
         f"losses: {', '.join(losses)} became NaN or infinite in step {step + 1} (epoch {int(unit.combiner.epoch) + 1}) "
-        f"on {', '.join(images)}, see {file}; {way_out}: train.py --resume {file.parent} key=value goes on from the "
+        f"on {', '.join(images)}, see {file}; {way_out}: train.py --resume {folder} key=value goes on from the "
         "last checkpoint"
     )
+
+
+def tell_left_out(
+    unit: Distiller, accelerator: Accelerator, left_out: Iterable[tuple[int, str, list[str]]], file: Path
+) -> list[str]:
+    """A line for each loss that was no number and was left out of steps of an epoch; every rank has to ask.
+
+    Args:
+        unit: the student with its terms.
+        accelerator: on whose ranks it may have been.
+        left_out: step, counted over the run, name of the loss, and images of each time, on this rank.
+        file: where the first time of all is written, as by `check_losses`.
+    """
+    times: dict[str, list[tuple[int, list[str]]]] = {}
+    for step, name, images in sorted(gather_object(list(left_out))):
+        times.setdefault(name, []).append((step, images))
+    if times and accelerator.is_main_process:
+        name, [(step, images), *_] = min(times.items(), key=lambda item: item[1][0])
+        _write_failure(file, [name], step, unit, images)
+    return [
+        f"losses.{name}: was no number and was left out {len(found)} times in this epoch, first in step "
+        f"{found[0][0] + 1} on {', '.join(found[0][1])}, see {file}"
+        for name, found in times.items()
+    ]
+
+
+def _write_failure(file: Path, losses: list[str], step: int, unit: Distiller, images: list[str]) -> None:
+    found = {"losses": losses, "step": step, "epoch": int(unit.combiner.epoch) + 1, "images": images}
+    file.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def check_alike(accelerator: Accelerator, unit: Distiller, ema: EMA | None) -> None:

@@ -100,6 +100,18 @@ class RunFolder:
         return self.path / (TEACHER_RUN if name == TEACHER else f"{TEACHER_RUNS}/{name}")
 
     @property
+    def outermost(self) -> Path:
+        """What a user goes on with: of a run that trains a teacher, the folder of the run that it is trained for."""
+        names = self.path.name, self.path.parent.name
+        if names[0] == TEACHER_RUN:
+            outer = self.path.parent
+        elif names[1] == TEACHER_RUNS:
+            outer = self.path.parent.parent
+        else:
+            return self.path
+        return outer if (outer / CONFIG).is_file() else self.path
+
+    @property
     def pictures(self) -> Path:
         return self.path / PICTURES
 

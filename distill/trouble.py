@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from distill.data import being_read
+from distill.data import UnreadableImageError, being_read
 from distill.errors import UserError
+from distill.run_folder import RunFolder
 from distill.schema import Config
 
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
@@ -28,13 +29,11 @@ def in_plain_words(config: Config, loader: DataLoader) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"data.batch_size: a step does not fit into the device's memory ({_first_line(error)}); lower it from "
-            f"{config.data.batch_size}, or data.image_size from {list(config.data.image_size)}, with more gradient "
-            f"accumulation in its place, and {resume}"
-        ) from error
+        raise _out_of_memory(config, error) from error
     except (EOFError, ConnectionError) as error:  # on the way from a loader's process to this one
         raise _loader_died(config, loader) from error
+    except UnreadableImageError as error:
+        raise UserError(f"{error}; mend that, and {resume}") from error
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
@@ -44,6 +43,8 @@ def in_plain_words(config: Config, loader: DataLoader) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise _loader_died(config, loader) from error
+        if "DefaultCPUAllocator" in str(error):  # there is no class of it
+            raise _out_of_memory(config, error) from error
         if is_of_peer(error):
             raise UserError(f"another process of this run ended, and this one cannot go on alone; {resume}") from error
         raise
@@ -53,6 +54,14 @@ def is_of_peer(error: RuntimeError) -> bool:
     """Whether it tells that another process is there no longer."""
     of_gloo = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
     return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in of_gloo)
+
+
+def _out_of_memory(config: Config, error: RuntimeError) -> UserError:
+    return UserError(
+        f"data.batch_size: a step does not fit into the device's memory ({_first_line(error)}); lower it from "
+        f"{config.data.batch_size}, or data.image_size from {list(config.data.image_size)}, with more gradient "
+        f"accumulation in its place, and {_resume(config)}"
+    )
 
 
 def _loader_died(config: Config, loader: DataLoader) -> UserError:
@@ -74,7 +83,7 @@ def abandon_loaders() -> None:
 
 
 def _resume(config: Config) -> str:
-    return f"go on from the last checkpoint: train.py --resume {config.output_dir}"
+    return f"go on from the last checkpoint: train.py --resume {RunFolder(config.output_dir).outermost}"
 
 
 def _first_line(error: Exception) -> str:

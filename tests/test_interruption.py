@@ -87,6 +87,18 @@ def test_checkpoints_within_an_epoch_are_made_by_the_clock(start, after_updates,
     assert names == ["epoch_0002_step_000004.pt", "epoch_0003.pt"]
 
 
+def test_a_checkpoint_that_is_passed_over_is_told_of(start, after_updates, tmp_path, capsys):
+    after_updates(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert start("teacher") == 143
+    last = find_checkpoints(tmp_path / "teacher/checkpoints")[-1]
+    os.truncate(last, 1000)
+    capsys.readouterr()
+    assert start("teacher", "--resume", str(tmp_path / "teacher")) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {last} cannot be read (RuntimeError); the one before it is taken" in said
+    assert "resumed: 1 of 3 epochs are done\n" in said
+
+
 def test_sigint_likewise(start, after_updates, tmp_path, capsys):
     after_updates(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert start("teacher") == 130

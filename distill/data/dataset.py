@@ -1,5 +1,6 @@
 """Reads and augments one image at a time, and gathers images into batches."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -172,7 +173,7 @@ class DetectionDataset(Dataset):
             height, width = image.shape[:2]
             raise UnreadableImageError(
                 f"{path}: is {width}x{height} now, but was {original_size[1]}x{original_size[0]} when the data set was "
-                "opened; start again"
+                "opened"
             )
         return image
 
@@ -307,12 +308,13 @@ def being_read(loader: DataLoader) -> list[str]:
 
 def _start_worker(worker: int, notes: Tensor) -> None:
     cv2.setNumThreads(0)  # workers already fill the cores
+    if hasattr(os, "setpgrp"):  # a terminal's Ctrl-C and a launcher's SIGTERM go to a whole group of processes, but a
+        os.setpgrp()  # run that is told to stop still needs its images
     dataset = get_worker_info().dataset
     for source in getattr(dataset, "sources", (dataset,)):
         source.reading = notes[worker]
 
 
 def _write_note(note: Tensor, text: str) -> None:
-    content = text.encode()[: len(note)]
-    note.zero_()
-    note[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    content = text.encode()[: len(note)].ljust(len(note), b"\0")
+    note.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))  # at once: it may be read at any moment

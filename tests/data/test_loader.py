@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 import pickle
 
 import numpy as np
@@ -127,6 +128,13 @@ def test_workers_change_nothing(index, augmentation):
             assert torch.equal(a.images, b.images)
             assert all(torch.equal(x["boxes"], y["boxes"]) for x, y in zip(a.targets, b.targets))
     assert [b.metas for b in alone[0]] != [b.metas for b in alone[1]]
+
+
+def test_a_signal_to_the_group_of_a_run_leaves_its_workers_alone(index):
+    batches = iter(build_loader(DetectionDataset(index, build_resize(SIZE)), 1, workers=2))
+    next(batches)
+    groups = [os.getpgid(worker.pid) for worker in batches._workers]
+    assert os.getpgid(0) not in groups and len(set(groups)) == 2
 
 
 def test_loading_draws_nothing_from_the_global_generator(index, augmentation):

@@ -13,7 +13,7 @@ from teachers import Teacher
 
 @pytest.fixture
 def step(settings, build_tiny):
-    def step(processes=1, half=False, **data):
+    def step(processes=1, half=None, **data):
         settings["data"] |= data
         student, teacher = build_tiny(), Teacher(build_tiny(seed=1, channels=24))
         unit = Distiller(student, {"mimic": TERMS["pkd"](student, teacher.detector)})
@@ -35,10 +35,23 @@ def test_memory_by_part(step):
     twice = step(batch_size=8)[0].memory  # of 4
     for part in ("activations", "its outputs", "on the way"):
         assert twice[part] == pytest.approx(2 * memory[part])
-    several, halves = step(processes=2, batch_size=4)[0].memory, step(half=True)[0].memory
+    several, halves = step(processes=2, batch_size=4)[0].memory, step(half=torch.bfloat16)[0].memory
     assert several["student"] == 12 * student and halves["student"] == 10 * student
     assert halves["activations"] == pytest.approx(memory["activations"] / 2)
     assert found.macs["student"] > 0 and all(value >= 0 for value in found.seconds.values())
+
+
+def test_passes_are_timed_in_the_precision_of_training(step, monkeypatch):
+    seen, original = [], Distiller.task_loss
+
+    def see(unit, output, targets):
+        seen.append(output.class_logits[0].dtype)
+        return original(unit, output, targets)
+
+    monkeypatch.setattr(Distiller, "task_loss", see)
+    step(half=torch.bfloat16)
+    # what autograd keeps is counted in float32, and halved
+    assert seen[0] is torch.float32 and set(seen[1:]) == {torch.bfloat16}
 
 
 def test_what_autograd_keeps_is_counted_once(build_tiny, monkeypatch):

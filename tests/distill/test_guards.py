@@ -9,7 +9,7 @@ from distill.combiner import Combiner
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.errors import UserError
-from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint
+from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint, tell_left_out
 from distill.terms import AttentionTransferTerm, KnowledgeTerm, MGDTerm, PKDTerm
 from teachers import Teacher
 
@@ -118,6 +118,18 @@ def test_a_broken_term_can_be_left_out_of_a_step(make, batch, build_tiny):
     assert parts["it"] == 0 and total == parts["task"] and total.isfinite()
     assert unit.skipped == {"it": 1}
     assert unit.combiner.bad_losses() == (0, [])
+
+
+def test_what_was_left_out_is_told_with_its_images(make, tmp_path):
+    unit, _ = make(Broken)
+    accelerator, file = Accelerator(), tmp_path / "it.json"
+    assert tell_left_out(unit, accelerator, [], file) == [] and not file.exists()
+    left_out = [(7, "it", ["c.jpg"]), (4, "it", ["a.jpg", "b.jpg"]), (5, "other", ["d.jpg"])]
+    first, second = tell_left_out(unit, accelerator, left_out, file)
+    assert first.startswith("losses.it: was no number and was left out 2 times in this epoch")
+    assert first.endswith(f"first in step 5 on a.jpg, b.jpg, see {file}")
+    assert second.startswith("losses.other: was no number and was left out 1 times") and "step 6 on d.jpg" in second
+    assert json.loads(file.read_text()) == {"losses": ["it"], "step": 4, "epoch": 1, "images": ["a.jpg", "b.jpg"]}
 
 
 def test_batches_without_objects_are_passed_over(make, batch, images, targets):

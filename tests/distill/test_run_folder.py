@@ -222,6 +222,13 @@ def test_open_refuses_what_is_no_unfinished_run(tmp_path, monkeypatch):
         RunFolder.open("z")
 
 
+@pytest.mark.parametrize("inner", ["teacher_run", "teacher_runs/big"])
+def test_a_teachers_run_is_gone_on_with_from_outside(tmp_path, inner):
+    assert RunFolder(tmp_path / "run" / inner).outermost == tmp_path / "run" / inner  # a folder of that name, no more
+    run = RunFolder.create(tmp_path / "run", CONFIG, overwrite=False)
+    assert RunFolder(run.path / inner).outermost == run.outermost == run.path
+
+
 @pytest.mark.parametrize(
     "text, reason", [("a: [1", "is no valid YAML"), ("", "holds no settings"), ("- a", "holds no settings")]
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill.build import build_data
+from distill.data import UnreadableImageError
 from distill.errors import UserError
 from distill.schema import Config
 from distill.trouble import in_plain_words
@@ -24,6 +25,11 @@ def config(settings):
     ("error", "words"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), ("data.batch_size", "lower it from 2")),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            ("data.batch_size", "lower it from 2", "you tried"),
+        ),
+        (UnreadableImageError("a.jpg: the image does not exist"), ("a.jpg: the image does not exist; mend that",)),
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/results.csv"),
             ("runs/x/results.csv: No space left",),
