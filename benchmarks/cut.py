@@ -31,7 +31,7 @@ from distill.config import check_config, read_yaml
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.optimization import build_optimizer
-from distill.pruning.folding import measure_offsets
+from distill.pruning.folding import add_offsets, measure_offsets
 from distill.pruning.pruner import Pruner, cut_everywhere
 from distill.pruning.recalibrate import (
     batches_needed,
@@ -98,7 +98,9 @@ def time_cut(settings: dict[str, Any], size: int, batch_size: int = 8) -> dict[s
     with measured(seconds, "fold"):
         offsets = measure_offsets(ema.module, plan.below("student."), images)
     with measured(seconds, "slice"):
-        cut_everywhere(plan, unit, ema, optimizer, offsets)
+        cut_everywhere(plan, unit, ema, optimizer)
+        for detector in (student, ema.module):
+            add_offsets(detector, plan.below("student."), offsets)
     with measured(seconds, "re-estimate"):
         recalibrate_batch_norms(ema.module, images)
         share_statistics(ema.module, student)
@@ -144,7 +146,8 @@ def losses_after(folder: Path) -> dict[str, float]:
 
 
 def cut(unit: Distiller, plan: Plan, offsets: dict[str, Tensor], images: Sequence[Tensor] = ()) -> None:
-    cut_everywhere(plan, unit, None, torch.optim.SGD(unit.parameters(), lr=0.1), offsets)
+    cut_everywhere(plan, unit, None, torch.optim.SGD(unit.parameters(), lr=0.1))
+    add_offsets(unit.student, plan.below("student."), offsets)
     if images:
         recalibrate_batch_norms(unit.student, images)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,7 +18,7 @@ from distill.evaluation import EvaluationResult
 from distill.guards import check_alike
 from distill.measure import share_nonzero
 from distill.pruning.cost import BUDGETS
-from distill.pruning.folding import measure_offsets
+from distill.pruning.folding import add_offsets, measure_offsets
 from distill.pruning.masks import agree_on, set_to_zero
 from distill.pruning.pruner import agree, cut_everywhere
 from distill.pruning.recalibrate import recalibrate_batch_norms, share_statistics
@@ -96,10 +96,11 @@ class Surgery:
         release(accelerator, unit)
         with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
             offsets = measure_offsets(self.kept, plan.below("student."), run.calibration_images())
-            # as an object: a process that went astray is told of below, not by a collective that does not fit
-            (offsets,) = broadcast_object_list([{name: offset.cpu() for name, offset in offsets.items()}])
-            cut_everywhere(plan, unit, self.ema, self.optimizer, offsets)
-            check_alike(accelerator, unit, self.ema)
+            cut_everywhere(plan, unit, self.ema, self.optimizer)
+            check_alike(accelerator, unit, self.ema)  # or what is shared next would not fit
+            offsets = broadcast(offsets)
+            for detector in dict.fromkeys((unit.student, self.kept)):
+                add_offsets(detector, plan.below("student."), offsets)
             recalibrate_batch_norms(self.kept, run.calibration_images())
             share_statistics(self.kept, unit.student)
         compile_parts([unit.student])

@@ -16,7 +16,6 @@ from distill.errors import UserError
 from distill.pruning.account import account
 from distill.pruning.budget import meet_budget, meet_measured
 from distill.pruning.cost import BUDGETS, Cost
-from distill.pruning.folding import add_offsets
 from distill.pruning.graph import ChannelGraph, ChannelGroup, trace_channels
 from distill.pruning.importance import IMPORTANCES, Evidence
 from distill.pruning.limits import Limits, layers_of
@@ -290,9 +289,7 @@ def agree(accelerator: Accelerator, plan: Plan | None) -> Plan:
     return Plan.from_json(broadcast_object_list(shared)[0])
 
 
-def cut_everywhere(
-    plan: Plan, unit: Distiller, ema: EMA | None, optimizer: Optimizer, offsets: Mapping[str, Tensor] | None = None
-) -> None:
+def cut_everywhere(plan: Plan, unit: Distiller, ema: EMA | None, optimizer: Optimizer) -> None:
     """Applies a plan to student, adapters, averaged copy and optimizer state, or to none of them.
 
     The plan enters the history of the student and of its averaged copy.
@@ -302,7 +299,6 @@ def cut_everywhere(
         unit: the student with its adapters, bare of any wrapper.
         ema: its averaged copy.
         optimizer: of the unit's parameters.
-        offsets: what takes the place of the removed channels in both, see `distill.pruning.folding`.
 
     Raises:
         ValueError, RuntimeError: see `students.apply_plan`; nothing has changed then.
@@ -311,5 +307,4 @@ def cut_everywhere(
     targets = [(unit, plan)] + ([(ema.module, of_student)] if ema else [])
     apply_plan(targets, [optimizer])
     for detector in (unit.student, ema.module) if ema else (unit.student,):
-        add_offsets(detector, of_student, offsets or {})
         detector.plans.append(of_student)
