@@ -13,21 +13,23 @@ def grid_locations(
     """Centres (N, 2) of all cells, x and y in pixels, and their strides (N,), level after level, row after row."""
     # what is made while a graph is traced belongs to the trace; kept, it would spoil later calls
     locate = _grid_locations.__wrapped__ if torch.compiler.is_compiling() else _grid_locations
-    return locate(shapes, strides, device)
+    return locate(shapes, strides, device, torch.get_default_dtype())
 
 
 @lru_cache(maxsize=16)
 def _grid_locations(
-    shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
+    shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     points, steps = [], []
     with torch.inference_mode(False):  # a cached tensor made in inference mode could not be used in training
         for (height, width), stride in zip(shapes, strides):
             y, x = torch.meshgrid(
-                torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+                torch.arange(height, device=device, dtype=dtype),
+                torch.arange(width, device=device, dtype=dtype),
+                indexing="ij",
             )
             points.append((torch.stack((x, y), dim=-1).reshape(-1, 2) + 0.5) * stride)
-            steps.append(torch.full((height * width,), float(stride), device=device))
+            steps.append(torch.full((height * width,), stride, device=device, dtype=dtype))
         return torch.cat(points), torch.cat(steps)
 
 

@@ -53,7 +53,8 @@ def measure_offsets(detector: nn.Module, plan: Plan, batches: Iterable[Tensor]) 
             x = inputs[0]
             channels = 1 if isinstance(layer, nn.modules.conv._ConvNd) else x.dim() - 1
             others = [dim for dim in range(x.dim()) if dim != channels]
-            total, number = x.sum(dim=others, dtype=torch.float32)[gone[name]], x.numel() // x.shape[channels]
+            total = x.sum(dim=others, dtype=torch.promote_types(x.dtype, torch.float32))[gone[name]]
+            number = x.numel() // x.shape[channels]
             last = (output, name, total, number) if layer.bias is None else None
             if layer.bias is not None:
                 add(f"{name}.bias", name, 1.0, total, number)
