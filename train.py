@@ -31,7 +31,7 @@ from distill.checkpoint import (
 )
 from distill.config import check_config, load_config, override
 from distill.data import set_epoch, start_after
-from distill.distributed import compile_parts, on_main, share_buffers
+from distill.distributed import compile_options, compile_parts, on_main, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
@@ -179,7 +179,7 @@ def make_teachers(config: Config, detectors: dict[str, Detector], accelerator: A
     """Freezes detectors, each on this process's device."""
     settings = config.all_teachers
     return {
-        name: Teacher(detector, accelerator.device, settings[name].precision, settings[name].shard)
+        name: Teacher(detector, accelerator.device, settings[name].precision, settings[name].shard, compile_options())
         for name, detector in detectors.items()
     }
 
@@ -222,7 +222,7 @@ def fit(run: Run) -> bool:
     ema = EMA(student, settings.ema) if settings.ema else None
     kept = ema.module if ema else student  # the weights that are evaluated and saved
     for name in config.teachers_itself("ema"):
-        teachers[name].detector = kept
+        teachers[name].follow(kept)
     unit.bind({name: teacher.detector for name, teacher in teachers.items()})
     progress = Progress(uncut_macs=count_macs(student, image_size), processes=accelerator.num_processes)
     earlier = len(student.plans)
@@ -241,8 +241,7 @@ def fit(run: Run) -> bool:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
     surgery = Surgery(run, ema, optimizer, progress)
-    still = [teacher for name, teacher in teachers.items() if config.all_teachers[name].itself != "ema"]
-    compile_parts([student, *(teacher.detector for teacher in still if not teacher.sharded)])
+    compile_parts([student])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val

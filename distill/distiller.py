@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distill.combiner import Combiner
 from distill.terms import KnowledgeTerm
 from students import DenseOutput, Detector, of_images
-from teachers import Teacher, hide_classes, label_images
+from teachers import FeatureOutput, Teacher, hide_classes, label_images, wait_for
 
 Targets = Sequence[dict[str, Tensor] | None]  # as in `Batch.targets`: those of unlabelled images are None and come last
 
@@ -23,11 +23,13 @@ class Lesson(NamedTuple):
         targets: the ground truth, one dict an image. Images without it have what the teacher detects, if one of its
             losses goes by boxes, else nothing.
         unknown: labels that it does not know.
+        stream: of a GPU that its output is still being made on, see `teachers.wait_for`; None where it is there.
     """
 
-    output: DenseOutput
+    output: DenseOutput | FeatureOutput
     targets: Sequence[dict[str, Tensor]]
     unknown: tuple[int, ...] = ()
+    stream: torch.cuda.Stream | None = None
 
 
 class Distiller(nn.Module):
@@ -67,7 +69,8 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def ask(self, teachers: Mapping[str, Teacher], images: Tensor, targets: Targets) -> dict[str, Lesson]:
-        """The lessons of a batch, by teacher; one whose terms all count nothing at present is left in peace.
+        """The lessons of a batch, by teacher; one whose terms all count nothing at present is left in peace, and one
+        that is asked for its pyramid only does not run its head.
 
         Args:
             teachers: by name.
@@ -76,16 +79,21 @@ class Distiller(nn.Module):
         """
         counting = {name: term for name, term in self.terms.items() if self.combiner.weight(name)}
         lessons = {}
+        labelled = count_labelled(targets)
         for name in dict.fromkeys(self.taught_by[term] for term in counting):
-            output, detector = teachers[name](images), teachers[name].detector
-            complete, labelled = targets, count_labelled(targets)
+            teacher = teachers[name]
+            terms = [term for key, term in counting.items() if self.taught_by[key] == name]
+            labels = labelled < len(targets) and any(term.uses_boxes for term in terms)
+            output = teacher.begin(images, head=labels or any(term.uses_head for term in terms))
+            complete = targets
             if labelled < len(targets):
                 rest = [nothing(images)] * (len(targets) - labelled)
-                if any(term.uses_boxes and self.taught_by[key] == name for key, term in counting.items()):
+                if labels:
+                    wait_for(teacher.stream, output)
                     unlabelled = of_images(output, slice(labelled, None))
-                    rest = label_images(detector, unlabelled, tuple(images.shape[-2:]), self.score_threshold)
+                    rest = label_images(teacher.detector, unlabelled, tuple(images.shape[-2:]), self.score_threshold)
                 complete = [*targets[:labelled], *rest]
-            lessons[name] = Lesson(output, complete, detector.unknown)
+            lessons[name] = Lesson(output, complete, teacher.detector.unknown, teacher.stream)
         return lessons
 
     def forward(
@@ -106,6 +114,8 @@ class Distiller(nn.Module):
         """The task's loss, each term's, unweighted, and the pyramid they come from; arguments as in `forward`."""
         output, image_size = self.student(images), tuple(images.shape[-2:])
         task = self.task_loss(output, targets)
+        for lesson in (lessons or {}).values():
+            wait_for(lesson.stream, lesson.output)
         terms = {}
         for name, term in self.terms.items():
             value = None

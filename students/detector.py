@@ -153,6 +153,10 @@ class Detector(nn.Module, ABC):
             images: (B, 3, H, W) RGB in [0, 1]; the detector normalises them for itself.
         """
 
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The `features` of what `forward` gives, without the head where a family can do without."""
+        return self(images).features
+
     @abstractmethod
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The detector's own training losses, one float32 scalar each.

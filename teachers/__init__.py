@@ -2,7 +2,7 @@
 
 from teachers.classes import hide_classes, speak
 from teachers.features import FeatureOutput, FeatureTeacher
-from teachers.frozen import PRECISIONS, Teacher, freeze
+from teachers.frozen import PRECISIONS, Teacher, freeze, wait_for
 from teachers.inherit import inherit
 from teachers.labels import label_images
 from teachers.scaled import ScaledDetector
@@ -18,4 +18,5 @@ __all__ = [
     "inherit",
     "label_images",
     "speak",
+    "wait_for",
 ]

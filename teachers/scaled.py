@@ -35,9 +35,10 @@ class ScaledDetector(Detector):
             return getattr(super().__getattr__("detector"), name)
 
     def forward(self, images: Tensor) -> DenseOutput:
-        size = self._scaled(tuple(images.shape[-2:]))
-        resized = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=self.scale < 1)
-        return self.detector(resized)
+        return self.detector(self._resized(images))
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.detector.pyramid(self._resized(images))
 
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.detector.loss(output, [target | {"boxes": target["boxes"] * self.scale} for target in targets])
@@ -67,6 +68,10 @@ class ScaledDetector(Detector):
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.detector.normalization
+
+    def _resized(self, images: Tensor) -> Tensor:
+        size = self._scaled(tuple(images.shape[-2:]))
+        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=self.scale < 1)
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         return round(size[0] * self.scale), round(size[1] * self.scale)

@@ -50,6 +50,9 @@ class TorchvisionDetector(Detector):
     def head_classes(self) -> int:
         """Classes of the head, the background included."""
 
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.backbone((images - self.mean) / self.std).values())
+
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         return (self.model.backbone,)  # what torchvision's heads do is called piece by piece
