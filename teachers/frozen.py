@@ -1,12 +1,14 @@
 """What makes a detector a teacher: it is frozen, stays in eval mode, and runs in a precision of its own."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from students.detector import Detector
+from teachers.cache import Shown, TeacherCache
 from teachers.shard import shard_backbone
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +26,10 @@ class Teacher:
 
     Attributes:
         shape: the detector, or of a sharded one a copy without values, for counting what it costs.
+        cache: what it has said already; None if that is not kept.
     """
+
+    cache: TeacherCache | None = None
 
     def __init__(
         self,
@@ -45,8 +50,15 @@ class Teacher:
             self.detector.to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor):
-        """The detector's raw output for images (B, 3, H, W) in [0, 1], as float32 tensors without a graph."""
+    def __call__(self, images: Tensor, shown: Sequence[Shown] | None = None):
+        """The detector's raw output for images (B, 3, H, W) in [0, 1], as float32 tensors without a graph.
+
+        Args:
+            images: to look at.
+            shown: which views of the bank they are; where there is a cache, it answers for those that it knows.
+        """
+        if self.cache is not None and shown is not None:
+            return self.cache.recall(shown, images, self)
         if self.detector.training:
             raise RuntimeError("the teacher was put in train mode; its dropout and batch norm would teach noise")
         enabled = self.dtype is not torch.float32

@@ -41,6 +41,8 @@ class AnchorOutput(NamedTuple):
 class OneStageDetector(TorchvisionDetector):
     """A detector with anchors, or anchor points, at every location of every level."""
 
+    decoded_fields = ("raw_logits", "raw_boxes", "centerness")
+
     def forward(self, images: Tensor) -> AnchorOutput:
         features = tuple(self.model.backbone((images - self.mean) / self.std).values())
         raw_logits, raw_boxes, centerness = self.run_head(features)
