@@ -55,8 +55,8 @@ def prepare_caches(
         wanted = unit.reads(name, detector, data.unlabelled is not None)
         if not wanted:
             raise UserError(f"{key}: no loss goes by this teacher; leave it out, or add one to losses")
-        with eval_mode(detector):
-            output = detector(torch.zeros(1, 3, *config.data.image_size, device=next(detector.parameters()).device))
+        with eval_mode(detector):  # some layers refuse a single image where maps are of one cell
+            output = detector(torch.zeros(2, 3, *config.data.image_size, device=next(detector.parameters()).device))
         identity = describe(config, data, name, detector) | ({"teacher's weights": None} if name in untrained else {})
         images, views = sum(map(len, trained_on(data))), config.data.augment.views
         try:

@@ -59,7 +59,7 @@ class TeacherCache:
         folder: its place; nothing is written before `create`.
         key: all that the teacher's output depends on, by a name for messages; plain values, None for one that is not
             known yet.
-        output: what the teacher makes of one image, for the shapes.
+        output: what the teacher makes of any images of the size, for the shapes.
         wanted: (field, level) of all that is read.
         images: how many there are.
         views: of each.
@@ -81,6 +81,7 @@ class TeacherCache:
     ):
         self.folder, self.views, self.records = Path(folder), views, images * views
         self._output, self._warn = output, warn
+        wanted = {(_field(output, name), level) for name, level in wanted}
         # what does not go by images is the same for all of them, so it is known already
         levels = [(field, i, x) for field, levels in zip(output._fields, output) for i, x in enumerate(levels)]
         wanted = {f"{name} {i}": list(x.shape[1:]) for name, i, x in levels if (name, i) in wanted and x.dim() == 4}
@@ -258,6 +259,14 @@ class TeacherCache:
                     restored.append(values.view(-1, height, width, channels).permute(0, 3, 1, 2))
             fields.append(tuple(restored))
         return type(self._output)(*fields)
+
+
+def _field(output: NamedTuple, name: str) -> str:
+    """A field by its name, or by the other name that a family gives it to be like others."""
+    if name in output._fields:
+        return name
+    levels = getattr(output, name)
+    return next(field for field, own in zip(output._fields, output) if own is levels)
 
 
 def _checksum(row: np.ndarray) -> int:
