@@ -35,7 +35,7 @@ from distill.distributed import compile_options, compile_parts, on_main, share_b
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
-from distill.footprint import estimate
+from distill.footprint import estimate, human_bytes
 from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint, tell_left_out
 from distill.interruption import Interruption, Stopped
 from distill.measure import count_macs, count_parameters, measure_cuts, measure_latency, share_nonzero
@@ -43,6 +43,7 @@ from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
 from distill.pruning.sparsity import small_scales
+from distill.remember import cost, open_caches, prepare_caches
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run import Run
 from distill.run_folder import OF_TEACHERS, RunFolder
@@ -140,6 +141,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         for index in data.indices:
             for note in index.notes.summary():
                 report.warn(f"{index.image_root if not index.labelled else config.data.root}, {index.split}: {note}")
+        for name, cache in prepare_caches(config, data, unit, detectors, report.warn, untrained).items():
+            report.say(f"{config.teacher_key(name)}.cache: {cost(cache)}; {human_bytes(cache.free_bytes)} are free")
         if dry_run:
             half = {"no": None, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.bfloat16)
             teachers = make_teachers(config, detectors, accelerator)
@@ -151,6 +154,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         for name in untrained:
             detectors[name] = train_teacher(config, name, folder, report, accelerator)
         teachers = make_teachers(config, detectors, accelerator)
+        caches = prepare_caches(config, data, unit, detectors, report.warn)
+        open_caches(config, caches, teachers, accelerator)
         start_tracking(accelerator, config)
         with Interruption(accelerator, config.train.save_minutes) as interruption:
             run = Run(
@@ -414,7 +419,7 @@ def train_epoch(
         # likewise a seed of its own, so that an epoch can be gone on with in its middle
         torch.manual_seed(hash((run.config.seed, unit.combiner.step, rank)) % 2**63)
         with accelerator.accumulate(trained):
-            lessons = unit.ask(run.teachers, batch.images, batch.targets)
+            lessons = unit.ask(run.teachers, batch.images, batch.targets, batch.metas)
             before = unit.skipped.copy()
             loss, parts = trained(batch.images, batch.targets, lessons)
             left_out += [(unit.combiner.step, name, seen[-1][1]) for name in unit.skipped - before]

@@ -95,13 +95,14 @@ def build_data(config: DataConfig, seed: int = 0) -> Data:
     if config.unlabelled:
         unlabelled = open_unlabelled(config.unlabelled.root, config.unlabelled.split, class_names, config.unreadable)
 
-    augmentation = build_augmentation(config.image_size, config.resize, **config.augment.model_dump(exclude={"mosaic"}))
-    mosaic = config.augment.mosaic
+    changes = config.augment.model_dump(exclude={"mosaic", "views"})
+    augmentation = build_augmentation(config.image_size, config.resize, **changes)
     train = labelled if labelled is not None else unlabelled
-    dataset = DetectionDataset(train, augmentation, seed, config.unreadable, mosaic)
+    settings = config.unreadable, config.augment.mosaic, config.augment.views
+    dataset = DetectionDataset(train, augmentation, seed, *settings)
     if labelled is not None and unlabelled is not None:
         # another seed, or images of the same number would be flipped and cropped alike
-        others = DetectionDataset(unlabelled, augmentation, seed + 1, config.unreadable, mosaic)
+        others = DetectionDataset(unlabelled, augmentation, seed + 1, *settings, first=len(train))
         dataset = MixedDataset(dataset, others, config.unlabelled.ratio)
     # a last batch of one or two images would upset the batch norms
     drop_last = len(dataset) > config.batch_size
@@ -228,14 +229,16 @@ def at_own_size(detector: Detector, teacher: TeacherConfig, data: DataConfig) ->
 
 
 def teacher_run_config(config: Config, teacher: TeacherConfig, output_dir: Path) -> Config:
-    """The settings of the run that trains a teacher: plain training of its `detector` on the same labelled data."""
+    """The settings of the run that trains a teacher: plain training of its `detector` on the same labelled data, with
+    another view of an image in every epoch."""
     image_size = teacher.image_size or config.data.image_size
+    augment = config.data.augment.model_copy(update={"views": None})
     return Config(
         output_dir=str(output_dir),
         overwrite=True,
         seed=config.seed,
         tracking=config.tracking,
-        data=config.data.model_copy(update={"unlabelled": None, "image_size": image_size}),
+        data=config.data.model_copy(update={"unlabelled": None, "image_size": image_size, "augment": augment}),
         student=teacher.detector,
         train=teacher.train,
     )

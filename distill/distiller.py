@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.combiner import Combiner
-from distill.terms import KnowledgeTerm
+from distill.data import ImageMeta
+from distill.terms import KnowledgeTerm, decoded
 from students import DenseOutput, Detector, of_images
 from teachers import FeatureOutput, Teacher, hide_classes, label_images, wait_for
 
@@ -68,7 +69,13 @@ class Distiller(nn.Module):
         self.skipped: Counter[str] = Counter()
 
     @torch.no_grad()
-    def ask(self, teachers: Mapping[str, Teacher], images: Tensor, targets: Targets) -> dict[str, Lesson]:
+    def ask(
+        self,
+        teachers: Mapping[str, Teacher],
+        images: Tensor,
+        targets: Targets,
+        metas: Sequence[ImageMeta] | None = None,
+    ) -> dict[str, Lesson]:
         """The lessons of a batch, by teacher; one whose terms all count nothing at present is left in peace, and one
         that is asked for its pyramid only does not run its head.
 
@@ -76,6 +83,7 @@ class Distiller(nn.Module):
             teachers: by name.
             images: (B, 3, H, W) in [0, 1].
             targets: one an image.
+            metas: likewise; with them a teacher that has a cache goes by it.
         """
         counting = {name: term for name, term in self.terms.items() if self.combiner.weight(name)}
         lessons = {}
@@ -84,7 +92,7 @@ class Distiller(nn.Module):
             teacher = teachers[name]
             terms = [term for key, term in counting.items() if self.taught_by[key] == name]
             labels = labelled < len(targets) and any(term.uses_boxes for term in terms)
-            output = teacher.begin(images, head=labels or any(term.uses_head for term in terms))
+            output = teacher.begin(images, labels or any(term.uses_head for term in terms), metas)
             complete = targets
             if labelled < len(targets):
                 rest = [nothing(images)] * (len(targets) - labelled)
@@ -140,6 +148,18 @@ class Distiller(nn.Module):
         # computed all the same: other ranks may have labelled images, and wait for this one's share of the normalisers
         empty = [nothing(output.features[0])]
         return sum(self.student.loss(of_images(output, slice(1)), empty).values()) * 0.0
+
+    def reads(self, name: str, teacher: Detector, unlabelled: bool) -> set[tuple[str, int]]:
+        """(field, level) of all that is gone by of a teacher's output.
+
+        Args:
+            name: the teacher's.
+            teacher: the detector.
+            unlabelled: whether there are images that its detections may have to stand in for.
+        """
+        terms = [term for key, term in self.terms.items() if self.taught_by[key] == name]
+        found = {part for term in terms for part in term.reads(teacher)}
+        return found | (decoded(teacher) if unlabelled and any(term.uses_boxes for term in terms) else set())
 
     def bind(self, teachers: Mapping[str, Detector]) -> None:
         """Tells the terms who teaches, once the teachers are trained and on their device."""

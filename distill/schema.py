@@ -174,6 +174,7 @@ class AugmentConfig(Section):
     contrast: Share = 0.0
     saturation: Share = 0.0
     hue: Share = 0.0
+    views: Count | None = None  # of an image, which epochs show in turns; another one in every epoch if null
 
 
 class SyntheticConfig(Section):
@@ -610,6 +611,7 @@ class TeacherConfig(Section):
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
+    cache: str | None = None  # a folder for what it says of each view (data.augment.views): asked once, then remembered
     shard: bool = False  # keep a part of its backbone's weights on each process, for one that no device can hold
     detector: DetectorConfig | None = None
     train: TrainConfig | None = None
@@ -643,6 +645,9 @@ class TeacherConfig(Section):
                 "give path, the folder of a trained detector, or both detector and train to train it first; or "
                 "features of a timm network; or say original or ema for the student itself"
             )
+        if self.cache and (self.itself or self.shard):
+            found = "is the student itself, which changes" if self.itself else "is sharded, and asked by all processes"
+            raise ValueError(f"cache: the teacher {found}, so what it says cannot be kept; leave cache out")
         if self.class_map and self.path is None:
             raise ValueError("class_map is for a teacher from a path; any other has the data's classes")
         return self
@@ -743,7 +748,16 @@ class Config(Section):
         names = list(self.all_teachers)
         if self.teacher and self.teachers:
             raise ValueError("teacher and teachers are both given; name them all under teachers (teacher=null)")
+        folders: dict[str, str] = {}
         for name, teacher in self.all_teachers.items():
+            key = self.teacher_key(name)
+            if teacher.cache and self.data.augment.views is None:
+                raise ValueError(
+                    f"{key}.cache: remembers views that come again, and every epoch has others; give "
+                    "data.augment.views, such as 4"
+                )
+            if teacher.cache and (other := folders.setdefault(teacher.cache, key)) != key:
+                raise ValueError(f"{key}.cache: {teacher.cache} is the folder of {other}; give each its own")
             (height, width), own = self.data.image_size, teacher.image_size
             if own and own[0] * width != own[1] * height:
                 raise ValueError(

@@ -13,6 +13,7 @@ from distill.data import UnreadableImageError, being_read
 from distill.errors import UserError
 from distill.run_folder import RunFolder
 from distill.schema import Config
+from teachers import CacheError
 
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
 
@@ -34,6 +35,8 @@ def in_plain_words(config: Config, loader: DataLoader) -> Iterator[None]:
         raise _loader_died(config, loader) from error
     except UnreadableImageError as error:
         raise UserError(f"{error}; mend that, and {resume}") from error
+    except CacheError as error:
+        raise UserError(f"cache: {error}; {resume}") from error
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise

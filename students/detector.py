@@ -88,6 +88,7 @@ class Detector(nn.Module, ABC):
         recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
         info: facts kept beside it on disk, such as the `image_size` it was trained for; empty for a new one.
+        decoded_fields: of its output, what `decode` goes by.
         anchors: predictions that a dense head makes at each location; 0 for a detector without one.
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
         unknown: labels that it never gives, as it has learnt other classes; see `teachers.speak`.
@@ -97,6 +98,7 @@ class Detector(nn.Module, ABC):
     """
 
     detects: bool = True
+    decoded_fields: tuple[str, ...] = ("class_logits", "box_distances")
     class_names: list[str]
     recipe: dict[str, Any]
     plans: list[Plan]

@@ -62,6 +62,8 @@ class RoiSamples(NamedTuple):
 class TwoStageDetector(Detector):
     """A detector that proposes boxes and looks at each again."""
 
+    decoded_fields = ("features", "objectness", "box_deltas")
+
     @abstractmethod
     def propose(self, output: TwoStageOutput, image_sizes: list[tuple[int, int]]) -> list[Tensor]:
         """The boxes that go into the ROI head, (P_i, 4) xyxy in pixels for each image, outside the graph.

@@ -1,5 +1,6 @@
 """Teachers: detectors that are frozen and only asked."""
 
+from teachers.cache import CacheError, TeacherCache
 from teachers.classes import hide_classes, speak
 from teachers.features import FeatureOutput, FeatureTeacher
 from teachers.frozen import PRECISIONS, Teacher, freeze, wait_for
@@ -9,10 +10,12 @@ from teachers.scaled import ScaledDetector
 
 __all__ = [
     "PRECISIONS",
+    "CacheError",
     "FeatureOutput",
     "FeatureTeacher",
     "ScaledDetector",
     "Teacher",
+    "TeacherCache",
     "freeze",
     "hide_classes",
     "inherit",

@@ -1,7 +1,7 @@
 """What makes a detector a teacher: it is frozen, stays in eval mode, and is asked by the fastest way there is."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from students.detector import Detector
 from students.folding import fold_norms
+from teachers.cache import Shown, TeacherCache
 from teachers.features import FeatureOutput
 from teachers.shard import shard_backbone
 
@@ -36,7 +37,10 @@ class Teacher:
     Attributes:
         shape: the detector, or of a sharded one a copy without values, for counting what it costs.
         stream: that `begin` works on; None where there is only one.
+        cache: what it has said already; None if that is not kept.
     """
+
+    cache: TeacherCache | None = None
 
     def __init__(
         self,
@@ -79,8 +83,16 @@ class Teacher:
         return output
 
     @torch.no_grad()
-    def begin(self, images: Tensor, head: bool = True):
-        """The same, but on a GPU not there yet: `wait_for` has to be called before the output is read."""
+    def begin(self, images: Tensor, head: bool = True, shown: Sequence[Shown] | None = None):
+        """The same, but on a GPU not there yet: `wait_for` has to be called before the output is read.
+
+        Args:
+            images: as for the detector.
+            head: see `__call__`.
+            shown: which views of the bank they are; where there is a cache, it answers for those that it knows.
+        """
+        if self.cache is not None and shown is not None:
+            return self.cache.recall(shown, images, self)
         if self.detector.training:
             raise RuntimeError("the teacher was put in train mode; its dropout and batch norm would teach noise")
         fast = self._refreshed(images[:2])  # some layers refuse a single one where maps are of one cell
@@ -144,7 +156,8 @@ def wait_for(stream: torch.cuda.Stream | None, output: tuple[tuple[Tensor, ...],
     current.wait_stream(stream)
     for levels in output:
         for level in levels:
-            level.record_stream(current)
+            if level.is_cuda:  # a cache leaves out what nobody reads
+                level.record_stream(current)
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -35,10 +35,10 @@ def train_and_see():
     seen = {"labelled": [], "gradients": []}
     fit, finish, ask, clip = train.fit, train.finish, Distiller.ask, accelerate.Accelerator.clip_grad_norm_
 
-    def ask_and_see(unit, teachers, images, targets):
+    def ask_and_see(unit, teachers, images, targets, metas=None):
         if unit.training:
             seen["labelled"].append(sum(target is not None for target in targets))
-        return ask(unit, teachers, images, targets)
+        return ask(unit, teachers, images, targets, metas)
 
     def see_and_clip(accelerator, parameters, *arguments):
         parameters = list(parameters)

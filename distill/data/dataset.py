@@ -1,6 +1,7 @@
 """Reads and augments one image at a time, and gathers images into batches."""
 
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,6 +45,9 @@ class ImageMeta:
         scale: input pixels per original pixel, (x, y).
         offset: top left corner of the image's content in the input, (x, y) pixels.
         valid_size: (height, width) of the input up to the content's bottom right corner; the rest is padding.
+        number: of the image among all that are trained on, from 0, the unlabelled ones last.
+        view: which of its views it is, from 0; its epoch where each has another one.
+        pixels: CRC-32 of the input, where there is a bank of views; else 0.
     """
 
     image_id: int
@@ -52,6 +56,9 @@ class ImageMeta:
     scale: tuple[float, float]
     offset: tuple[int, int]
     valid_size: tuple[int, int]
+    number: int = 0
+    view: int = 0
+    pixels: int = 0
 
 
 class Sample(NamedTuple):
@@ -83,8 +90,8 @@ class Batch(NamedTuple):
 class DetectionDataset(Dataset):
     """The images of an index, seen through a transform.
 
-    An item's address is (position, epoch), or a position for epoch 0. What is random in an item depends on the seed and
-    its address alone: not on the worker that makes it, nor on what was made before.
+    An item's address is (position, epoch), or a position for epoch 0. What is random in an item depends on the seed,
+    its position and its view alone: not on the worker that makes it, nor on what was made before.
 
     Args:
         index: the images and boxes.
@@ -93,6 +100,8 @@ class DetectionDataset(Dataset):
         unreadable: 'error', or 'skip' to yield the file's name in place of an image that fails to decode.
         mosaic: probability of showing an image with three others beside it, see `distill.data.mosaic`. Of those, one
             that fails to decode is left out, and named when its own turn comes.
+        views: how many an image has, which epochs then show in turns; None: another one in every epoch.
+        first: the number of its first image.
 
     Raises:
         UserError: `unreadable` is neither.
@@ -105,6 +114,8 @@ class DetectionDataset(Dataset):
         seed: int = 0,
         unreadable: str = "error",
         mosaic: float = 0.0,
+        views: int | None = None,
+        first: int = 0,
     ):
         if unreadable not in ("error", "skip"):
             raise UserError(f"data.unreadable: found {unreadable!r}; allowed are 'error' and 'skip'")
@@ -113,6 +124,8 @@ class DetectionDataset(Dataset):
         self.seed = seed
         self.unreadable = unreadable
         self.mosaic = mosaic
+        self.views = views
+        self.first = first
         self.reading: Tensor | None = None  # where a loader's worker notes the file that it is at
 
     def __len__(self) -> int:
@@ -125,7 +138,8 @@ class DetectionDataset(Dataset):
             UnreadableImageError: the image fails to decode and is not to be skipped.
         """
         position, epoch = address if isinstance(address, tuple) else (address, 0)
-        index, rng = self.index, np.random.default_rng((self.seed, epoch, position))
+        number = epoch % self.views if self.views else epoch
+        index, rng = self.index, np.random.default_rng((self.seed, number, position))
         view = self._look(position, rng)
         if view is None:
             return index.file(position)
@@ -139,6 +153,9 @@ class DetectionDataset(Dataset):
             scale=view.scale,
             offset=view.offset,
             valid_size=view.valid_size,
+            number=self.first + position,
+            view=number,
+            pixels=zlib.crc32(view.image) if self.views else 0,
         )
         truth = (view.boxes, view.labels) if index.labelled else (None, None)
         return Sample(view.image, *truth, meta)

@@ -1,6 +1,14 @@
 """Knowledge terms: what a run's `losses` section is made of, one class a loss."""
 
-from distill.terms.base import FeatureTerm, KnowledgeTerm, Level, describe_pairs, level_name, match_levels
+from distill.terms.base import (
+    FeatureTerm,
+    KnowledgeTerm,
+    Level,
+    decoded,
+    describe_pairs,
+    level_name,
+    match_levels,
+)
 from distill.terms.cross_head import CrossKDTerm
 from distill.terms.feature_mimic import (
     CWDTerm,
@@ -38,6 +46,7 @@ __all__ = [
     "PseudoLabelTerm",
     "RoiKDTerm",
     "ScoreWeightedMimicTerm",
+    "decoded",
     "describe_pairs",
     "level_name",
     "match_levels",

@@ -90,6 +90,7 @@ class KnowledgeTerm(nn.Module, ABC):
 
     Attributes:
         interpolates: whether levels of unlike stride may meet; sound for maps, not for what is said of each location.
+        fields: of the teacher's output, what it goes by.
         uses_head: whether it goes by more of the teacher than its pyramid.
         uses_classes: whether it goes by the teacher's class scores, which must be of classes that the student has.
         uses_boxes: whether it goes by the ground truth's boxes; where there are none, a teacher's detections stand in.
@@ -99,6 +100,7 @@ class KnowledgeTerm(nn.Module, ABC):
     """
 
     interpolates: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]]
     uses_head: ClassVar[bool] = True
     uses_classes: ClassVar[bool] = False
     uses_boxes: ClassVar[bool] = False
@@ -111,6 +113,10 @@ class KnowledgeTerm(nn.Module, ABC):
 
     def bind(self, student: Detector, teacher: Detector) -> None:
         """Is told who plays the two parts once both are ready; most terms need their outputs only."""
+
+    def reads(self, teacher: Detector) -> set[tuple[str, int]]:
+        """(field, level) of all that it goes by of the teacher's output."""
+        return {(field, level) for field in self.fields for _, level in self.pairs}
 
     @abstractmethod
     def forward(
@@ -171,6 +177,7 @@ class FeatureTerm(KnowledgeTerm):
     """
 
     interpolates = True
+    fields = ("features",)
     uses_head = False
 
     def __init__(
@@ -223,6 +230,11 @@ class FeatureTerm(KnowledgeTerm):
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:
         return tuple(self.adapters.values()) if self._holds_widths else ()
+
+
+def decoded(teacher: Detector) -> set[tuple[str, int]]:
+    """(field, level) of all that a teacher's detections are made of."""
+    return {(field, level) for field in teacher.decoded_fields for level in range(len(teacher.strides))}
 
 
 def require_dense_heads(name: str, student: Detector, teacher: Detector) -> None:

@@ -36,6 +36,7 @@ class CrossKDTerm(KnowledgeTerm):
         ValueError: no dense heads of one kind, or a depth that one of them does not have.
     """
 
+    fields = ("features", "class_logits", "box_distances", "box_logits")
     uses_classes = True
 
     def __init__(

@@ -26,6 +26,7 @@ class PKDTerm(FeatureTerm):
 class ScoreWeightedMimicTerm(FeatureTerm):
     """See `losses.score_weighted_mimic`; the weights are the teacher's highest class scores."""
 
+    fields = ("features", "class_logits")
     uses_head = uses_classes = True
 
     def level_loss(self, level: Level) -> Tensor:

@@ -22,6 +22,7 @@ class AttentionTransferTerm(KnowledgeTerm):
     """
 
     interpolates = True
+    fields = ("features",)
     uses_head = False
 
     def __init__(
@@ -56,6 +57,7 @@ class AttentionGuidedTerm(KnowledgeTerm):
     """See `losses.AttentionGuided`, which brings adapters of its own, one module a level."""
 
     interpolates = True
+    fields = ("features",)
     uses_head = False
 
     def __init__(

@@ -31,6 +31,7 @@ class LDTerm(KnowledgeTerm):
         ValueError: no distributions, or unlike numbers of bins.
     """
 
+    fields = ("box_logits",)
     uses_boxes = True
 
     def __init__(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from distill.terms.base import KnowledgeTerm, Targets
+from distill.terms.base import KnowledgeTerm, Targets, decoded
 from students import DenseOutput, Detector
 from teachers import label_images
 
@@ -46,6 +46,9 @@ class PseudoLabelTerm(KnowledgeTerm):
     def bind(self, student: Detector, teacher: Detector) -> None:
         # in a list, so that the two are no part of this module: they are trained, moved and saved elsewhere
         self._detectors = [student, teacher]
+
+    def reads(self, teacher: Detector) -> set[tuple[str, int]]:
+        return decoded(teacher)
 
     def forward(
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]

@@ -69,6 +69,9 @@ class RoiKDTerm(KnowledgeTerm):
         # in a list, so that the two are no part of this module: they are trained, moved and saved elsewhere
         self._detectors = [student, teacher]
 
+    def reads(self, teacher: Detector) -> set[tuple[str, int]]:
+        return {("features", level) for level in range(len(teacher.strides))}
+
     def forward(
         self, student: TwoStageOutput, teacher: TwoStageOutput, targets: Targets, image_size: tuple[int, int]
     ) -> Tensor:

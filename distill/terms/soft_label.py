@@ -23,6 +23,7 @@ class DenseSigmoidTerm(KnowledgeTerm):
         ValueError: heads that do not make equally many predictions at each location.
     """
 
+    fields = ("class_logits",)
     uses_classes = True
 
     def __init__(
@@ -58,6 +59,7 @@ class BoxMimicTerm(KnowledgeTerm):
         ValueError: heads that do not make equally many predictions at each location.
     """
 
+    fields = ("class_logits", "box_distances")
     uses_classes = True
 
     def __init__(

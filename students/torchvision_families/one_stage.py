@@ -41,6 +41,8 @@ class AnchorOutput(NamedTuple):
 class OneStageDetector(TorchvisionDetector):
     """A detector with anchors, or anchor points, at every location of every level."""
 
+    decoded_fields = ("raw_logits", "raw_boxes", "centerness")
+
     def forward(self, images: Tensor) -> AnchorOutput:
         features = self.pyramid(images)
         raw_logits, raw_boxes, centerness = self.run_head(features)

@@ -2,6 +2,7 @@ import gc
 import json
 import os
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ def test_views_depend_on_seed_epoch_and_position_alone(index, augmentation):
     other = DetectionDataset(index, augmentation, seed=2)
     assert any((other[i, 2].image != forth[i]).any() for i in range(7))
     assert (dataset[4].image == dataset[4, 0].image).all()
+
+
+def test_a_bank_of_views_comes_again_to_the_pixel(index, augmentation):
+    endless, bank = (
+        DetectionDataset(index, augmentation, seed=3),
+        DetectionDataset(index, augmentation, seed=3, views=2),
+    )
+    shown = [[bank[position, epoch] for position in range(7)] for epoch in range(5)]
+    for epoch, samples in enumerate(shown):
+        for position, sample in enumerate(samples):
+            assert np.array_equal(sample.image, endless[position, epoch % 2].image)
+            assert np.array_equal(sample.boxes, shown[epoch % 2][position].boxes)
+            meta = sample.meta
+            assert (meta.number, meta.view, meta.pixels) == (position, epoch % 2, zlib.crc32(sample.image.tobytes()))
+    assert len({sample.meta.pixels for samples in shown for sample in samples}) == 14
+    assert endless[1, 4].meta.view == 4
 
 
 def test_workers_change_nothing(index, augmentation):

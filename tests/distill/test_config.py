@@ -130,6 +130,19 @@ def test_overrides_that_are_none(write, override, message):
             "teacher.class_map={a: b}",
             "teacher: class_map is for a teacher from a path; any other has the data's",
         ),
+        (
+            "teacher.cache=bank",
+            "teacher.cache: remembers views that come again, and every epoch has others; give data.augme",
+        ),
+        (
+            "teacher={itself: original, cache: bank}",
+            "teacher: cache: the teacher is the student itself, which changes, so",
+        ),
+        (
+            "teacher={path: x, shard: true, cache: bank}",
+            "teacher: cache: the teacher is sharded, and asked by all proce",
+        ),
+        ("data.augment.views=0", "data.augment.views: input should be greater than or equal to 1; found 0"),
         ("teachers.big={path: x}", "teacher and teachers are both given; name them all under teachers (teacher=null)"),
         ("losses.box.teacher=big", "losses.box.teacher: found 'big'; there is teacher"),
         (
