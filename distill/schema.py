@@ -587,6 +587,7 @@ class TrainConfig(Section):
     """How long, and with which optimizer."""
 
     epochs: Count = 12
+    precision: Literal["auto"] | None = None  # auto: see distill.precision; null: as Accelerate's own settings say
     optimizer: OptimizerConfig = OptimizerConfig()
     save_minutes: Positive | None = 15.0  # between two checkpoints within an epoch; null: only whole epochs are kept
 
@@ -608,7 +609,7 @@ class TeacherConfig(Section):
     # the student as it was before the first cut of this run, or its own average as it stands (Mean Teacher, 1703.01780)
     itself: Literal["original", "ema"] | None = None
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"  # auto: see distill.precision
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
     shard: bool = False  # keep a part of its backbone's weights on each process, for one that no device can hold
     detector: DetectorConfig | None = None
@@ -642,6 +643,10 @@ class TeacherConfig(Section):
             raise ValueError(
                 "give path, the folder of a trained detector, or both detector and train to train it first; or "
                 "features of a timm network; or say original or ema for the student itself"
+            )
+        if self.shard and self.precision == "auto":
+            raise ValueError(
+                "precision: auto tries a teacher as a whole, and shard is for one that fits no device; say which it is"
             )
         if self.class_map and self.path is None:
             raise ValueError("class_map is for a teacher from a path; any other has the data's classes")
