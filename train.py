@@ -31,6 +31,7 @@ from distill.checkpoint import (
 )
 from distill.config import check_config, load_config, override
 from distill.data import set_epoch, start_after
+from distill.distiller import Distiller
 from distill.distributed import compile_options, compile_parts, on_main, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
@@ -42,6 +43,7 @@ from distill.measure import count_macs, count_parameters, measure_cuts, measure_
 from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
+from distill.precision import Trial, Way, recorded, settle, try_student, try_teacher
 from distill.pruning.sparsity import small_scales
 from distill.remember import cost, open_caches, prepare_caches
 from distill.report import Report, StepProgress, counted, human_count
@@ -144,8 +146,10 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         for name, cache in prepare_caches(config, data, unit, detectors, report.warn, untrained).items():
             report.say(f"{config.teacher_key(name)}.cache: {cost(cache)}; {human_bytes(cache.free_bytes)} are free")
         if dry_run:
-            half = {"no": None, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.bfloat16)
-            teachers = make_teachers(config, detectors, accelerator)
+            teachers = make_teachers(config, detectors, accelerator, None, data, report)
+            way = settle_student(config, unit, teachers, accelerator, None, data, report)
+            halves = {"no": None if way.precision == "float32" else torch.bfloat16, "fp16": torch.float16}
+            half = halves.get(accelerator.mixed_precision, torch.bfloat16)
             step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
             report.banner(f"a step of {config.data.batch_size} images", step.rows())
             report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
@@ -153,9 +157,10 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
 
         for name in untrained:
             detectors[name] = train_teacher(config, name, folder, report, accelerator)
-        teachers = make_teachers(config, detectors, accelerator)
+        teachers = make_teachers(config, detectors, accelerator, folder, data, report)
         caches = prepare_caches(config, data, unit, detectors, report.warn)
         open_caches(config, caches, teachers, accelerator)
+        way = settle_student(config, unit, teachers, accelerator, folder, data, report)
         start_tracking(accelerator, config)
         with Interruption(accelerator, config.train.save_minutes) as interruption:
             run = Run(
@@ -173,6 +178,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
                 accelerator,
                 interruption,
                 role,
+                way,
             )
             while fit(run):  # the guard took a cut back
                 accelerator.free_memory()
@@ -180,13 +186,51 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         stop_tracking(accelerator, config)
 
 
-def make_teachers(config: Config, detectors: dict[str, Detector], accelerator: Accelerator) -> dict[str, Teacher]:
+def make_teachers(
+    config: Config,
+    detectors: dict[str, Detector],
+    accelerator: Accelerator,
+    folder: RunFolder | None,
+    data: build.Data,
+    report: Report,
+) -> dict[str, Teacher]:
     """Freezes detectors, each on this process's device."""
-    settings = config.all_teachers
-    return {
-        name: Teacher(detector, accelerator.device, settings[name].precision, settings[name].shard, compile_options())
-        for name, detector in detectors.items()
-    }
+    teachers, device = {}, accelerator.device
+    for name, detector in detectors.items():
+        settings, key = config.all_teachers[name], f"{config.teacher_key(name)}.precision"
+        way = recorded(key, settings.precision, None)
+        if settings.precision == "auto":
+
+            def attempt(detector: Detector = detector) -> dict[Way, Trial]:
+                return try_teacher(detector, device, data.sample(device).images)
+
+            way = settle(key, attempt, folder, accelerator, report)
+        teachers[name] = Teacher(detector, device, way.precision, settings.shard, compile_options(), way.channels_last)
+    return teachers
+
+
+def settle_student(
+    config: Config,
+    unit: Distiller,
+    teachers: dict[str, Teacher],
+    accelerator: Accelerator,
+    folder: RunFolder | None,
+    data: build.Data,
+    report: Report,
+) -> Way:
+    """What the student is trained in, apart from Accelerate's mixed precision."""
+    if config.train.precision is None:
+        return Way()
+    if accelerator.mixed_precision != "no":
+        raise UserError(
+            f"train.precision: auto chooses by itself, but Accelerate's settings say {accelerator.mixed_precision}; "
+            "leave out one of them"
+        )
+
+    def attempt() -> dict[Way, Trial]:
+        return try_student(unit.to(accelerator.device), teachers, accelerator.device, data.sample(accelerator.device))
+
+    return settle("train.precision", attempt, folder, accelerator, report)
 
 
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -217,7 +261,8 @@ def fit(run: Run) -> bool:
     """
     config, unit, teachers, accelerator, report = run.config, run.unit, run.teachers, run.accelerator, run.report
     settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
-    student = unit.to(accelerator.device, memory_format=torch.channels_last).student
+    student = unit.to(accelerator.device, memory_format=run.way.memory_format).student
+    unit.run_as(run.way.precision, run.way.memory_format)
     resumes = bool(find_checkpoints(run.folder.checkpoints))
     if config.inherit and not resumes:
         taken = inherit(student, next(iter(teachers.values())).detector, config.inherit)

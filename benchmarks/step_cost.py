@@ -1,7 +1,7 @@
 """What a teacher adds to a step of training: all ways in turns, with the peak of their memory.
 
     python benchmarks/step_cost.py configs/quickstart.yaml
-    python benchmarks/step_cost.py "configs/bccd.yaml data.root=. data.batch_size=2" --losses pkd fgd --output runs/step_cost
+    python benchmarks/step_cost.py "configs/quickstart.yaml data.batch_size=16" --losses pkd fgd
 
 For each config with its overrides, its student, the teacher that it would train and its losses, untrained, on images of
 noise: neither what they have learnt nor what they see changes the time of a step. A step is forward, losses, backward,
@@ -37,6 +37,7 @@ from distill.errors import UserError
 from distill.footprint import blank, human_bytes
 from distill.measure import count_macs
 from distill.optimization import build_optimizer
+from distill.precision import recorded
 from distill.report import human_macs
 from distill.schema import Config
 from distill.terms import TERMS
@@ -104,11 +105,13 @@ def measure(run: str, losses: list[str] | None, repeats: int) -> dict[str, Any]:
         f"\n{run}\nstudent {human_macs(macs['student'])}, teacher {human_macs(macs['teacher'])} MACs "
         f"({macs['teacher'] / macs['student']:.1f}x); {batch} images a step, {found['device']}\n"
     )
-    rows = [
-        [arm, f"{ms:.1f} ms", f"{found['shares'][arm][1]:.3f}x", "{:.3f} to {:.3f}".format(*found["shares"][arm][::2])]
-        + [f"{batch / ms * 1e3:.1f}", human_bytes(memory[arm]) if arm in memory else ""]
-        for arm, ms in found["milliseconds"].items()
-    ]
+    rows = []
+    for arm, ms in found["milliseconds"].items():
+        low, middle, high = found["shares"][arm]
+        kept = human_bytes(memory[arm]) if arm in memory else ""
+        rows.append(
+            [arm, f"{ms:.1f} ms", f"{middle:.3f}x", f"{low:.3f} to {high:.3f}", f"{batch / ms * 1e3:.1f}", kept]
+        )
     print(markdown(("", "step", "of plain", "middle half", "images/s", "peak memory"), rows))
     print(markdown(("bar", "found", "at most", ""), [bar_row(*item) for item in found["bars"].items()]))
     print(markdown(("part of a distilled step", "ms"), [[k, f"{v:.2f}"] for k, v in found["parts"].items()]))
@@ -131,7 +134,7 @@ def build_arms(config: Config, losses: list[str] | None, device: torch.device) -
     for name, section in alone.items():
         try:
             arms[name] = taught_step(config, section, device)
-        except UserError:
+        except UserError:  # noqa: PERF203  (a loss that does not fit is found by building it)
             refused.append(name)
     fitting = {name: section[name] for name, section in alone.items() if name in arms}
     if len(fitting) > 1:
@@ -169,8 +172,8 @@ def build_unit(config: Config, losses: Mapping[str, Any], device: torch.device) 
     detectors = build.build_teachers(config, CLASSES, student)
     unit = build.build_unit(config, student, detectors)
     unit.to(device, memory_format=torch.channels_last).train()
-    precisions = {name: config.all_teachers[name].precision for name in detectors}
-    teachers = {name: Teacher(detector, device, precisions[name]) for name, detector in detectors.items()}
+    ways = {name: recorded("", config.all_teachers[name].precision, None) for name in detectors}
+    teachers = {name: Teacher(detector, device, ways[name].precision) for name, detector in detectors.items()}
     unit.bind(detectors)
     return unit, teachers
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import students
 from distill.combiner import Combiner, WeightSchedule
 from distill.data import (
+    Batch,
     DetectionDataset,
     DetectionIndex,
     MixedDataset,
@@ -29,6 +30,7 @@ from distill.pruning.blocks import BlockPruner
 from distill.pruning.guard import CutGuard
 from distill.pruning.masks import Masks
 from distill.pruning.pruner import Pruner
+from distill.pruning.recalibrate import calibration_batches
 from distill.pruning.sensitivity import read_curves
 from distill.pruning.sparsity import SparsityPenalty
 from distill.schema import ArtifactConfig, Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig, TimedSection
@@ -61,6 +63,11 @@ class Data:
     val: Split
     test: Split
     unlabelled: DetectionIndex | None = None
+
+    def sample(self, device: torch.device) -> Batch:
+        """A batch of training images, the same on every call and rank."""
+        loader = self.train.loader
+        return next(calibration_batches(loader.dataset, loader.batch_sampler.batch_size, device, 1))
 
     @property
     def class_names(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from distill.combiner import Combiner
 from distill.data import ImageMeta
 from distill.terms import KnowledgeTerm, decoded
 from students import DenseOutput, Detector, of_images
-from teachers import FeatureOutput, Teacher, hide_classes, label_images, wait_for
+from teachers import PRECISIONS, FeatureOutput, Teacher, hide_classes, label_images, wait_for
 
 Targets = Sequence[dict[str, Tensor] | None]  # as in `Batch.targets`: those of unlabelled images are None and come last
 
@@ -48,6 +49,8 @@ class Distiller(nn.Module):
 
     Attributes:
         skipped: how often each term was left out so.
+        half: precision that student and losses run in where that is not float32, nor Accelerate's business.
+        memory_format: that images come in.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Distiller(nn.Module):
         self.taught_by = dict(taught_by) if taught_by else dict.fromkeys(self.terms, "teacher")
         self.score_threshold = score_threshold
         self.skipped: Counter[str] = Counter()
+        self.half: torch.dtype | None = None
+        self.memory_format = torch.channels_last
 
     @torch.no_grad()
     def ask(
@@ -114,7 +119,9 @@ class Distiller(nn.Module):
             targets: one an image, see `Detector.loss`.
             lessons: what `ask` gave for them; not needed where there are no terms.
         """
-        return self.combiner(*self.losses(images, targets, lessons))
+        images = images.contiguous(memory_format=self.memory_format)
+        with torch.autocast(images.device.type, self.half) if self.half else nullcontext():
+            return self.combiner(*self.losses(images, targets, lessons))
 
     def losses(
         self, images: Tensor, targets: Targets, lessons: Mapping[str, Lesson] | None = None
@@ -165,6 +172,16 @@ class Distiller(nn.Module):
         """Tells the terms who teaches, once the teachers are trained and on their device."""
         for name, term in self.terms.items():
             term.bind(self.student, teachers[self.taught_by[name]])
+
+    def run_as(self, precision: str, memory_format: torch.memory_format) -> None:
+        """Says what `forward` runs in; weights are moved by whoever moves the module.
+
+        Args:
+            precision: a key of `teachers.PRECISIONS`; float32 leaves the caller's own autocast as it is.
+            memory_format: of images.
+        """
+        self.half = None if precision == "float32" else PRECISIONS[precision]
+        self.memory_format = memory_format
 
     def silence(self, teachers: Collection[str]) -> None:
         """Lets the terms of some teachers, by name, count nothing; all others count."""

@@ -588,6 +588,7 @@ class TrainConfig(Section):
     """How long, and with which optimizer."""
 
     epochs: Count = 12
+    precision: Literal["auto"] | None = None  # auto: see distill.precision; null: as Accelerate's own settings say
     optimizer: OptimizerConfig = OptimizerConfig()
     save_minutes: Positive | None = 15.0  # between two checkpoints within an epoch; null: only whole epochs are kept
 
@@ -609,7 +610,7 @@ class TeacherConfig(Section):
     # the student as it was before the first cut of this run, or its own average as it stands (Mean Teacher, 1703.01780)
     itself: Literal["original", "ema"] | None = None
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"  # auto: see distill.precision
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
     cache: str | None = None  # a folder for what it says of each view (data.augment.views): asked once, then remembered
     shard: bool = False  # keep a part of its backbone's weights on each process, for one that no device can hold
@@ -648,6 +649,11 @@ class TeacherConfig(Section):
         if self.cache and (self.itself or self.shard):
             found = "is the student itself, which changes" if self.itself else "is sharded, and asked by all processes"
             raise ValueError(f"cache: the teacher {found}, so what it says cannot be kept; leave cache out")
+        if self.precision == "auto" and (self.shard or self.cache):
+            way = "tries a teacher as a whole, and shard is for one that fits no device"
+            if self.cache:
+                way = "may choose otherwise in the next run, and cache is for what a teacher says in one precision"
+            raise ValueError(f"precision: auto {way}; say which it is")
         if self.class_map and self.path is None:
             raise ValueError("class_map is for a teacher from a path; any other has the data's classes")
         return self

@@ -1,7 +1,7 @@
 """Batch norms as part of the convolutions before them: the same function in eval mode, in one layer instead of two."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,13 +60,19 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def largest_difference(output: NamedTuple, expected: NamedTuple) -> float:
     """Of two outputs of one kind, as a share of the largest value of each level's map; NaN where there is one."""
-    shares = [
-        (one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-6)
-        for levels, others in zip(output, expected)
-        for one, other in zip(levels, others)
-        if other.numel()
-    ]
-    return torch.stack(shares).max().item()
+    return level_differences(output, expected, lambda x: x.abs().max()).max().item()
+
+
+def level_differences(output: NamedTuple, expected: NamedTuple, size: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of each level's map, how large the difference of two outputs of one kind is against what was expected."""
+    return torch.stack(
+        [
+            size(one.float() - other.float()) / size(other.float()).clamp(min=1e-6)
+            for levels, others in zip(output, expected)
+            for one, other in zip(levels, others)
+            if other.numel()
+        ]
+    )
 
 
 @dataclass

@@ -248,6 +248,10 @@ def test_overrides_that_are_none(write, override, message):
             "pruning={target: 0.5, epochs: [0], sparsity: {scales: 1}}",
             "pruning: sparsity lasts until the last cut, before epoch 0; cut later, or give sparsity.end",
         ),
+        (
+            "teacher={path: x, shard: true, precision: auto}",
+            "teacher: precision: auto tries a teacher as a whole, and shard is for one that fits no device",
+        ),
         ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, counted from 0, so nothing would be left"),
     ],
 )
