@@ -45,13 +45,13 @@ from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
 from distill.precision import Trial, Way, recorded, settle, try_student, try_teacher
 from distill.pruning.sparsity import small_scales
-from distill.remember import cost, open_caches, prepare_caches
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run import Run
 from distill.run_folder import OF_TEACHERS, RunFolder
 from distill.schema import PENALTY, TEACHER, ArtifactConfig, Config
 from distill.summary import banner_rows, best, describe, results_row, summary_table, teacher_title
 from distill.surgery import Surgery
+from distill.teacher_cache import cost, open_caches, prepare_caches
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
 from distill.trouble import in_plain_words, is_of_peer
 from students import Detector

@@ -5,7 +5,8 @@
 Three arms of one config on the same views of the same images: plain, online (each batch's teacher is asked) and cached
 (everything that it says is on disk). They take turns in one process, each with a pass over the training images or
 --steps of it: loading, asking, forwards and back, optimizer, average. Then the evaluation's pass. Medians over the
-rounds; memory is the peak of torch's allocator from building an arm to its second step. Prints a table and writes
+rounds; of a single thread on a CPU, the steps are compared by the processor's time, which other programs do not
+lengthen. Memory is the peak of torch's allocator from building an arm to its second step. Prints a table and writes
 --output/throughput.json.
 """
 
@@ -36,11 +37,11 @@ from distill.data import Batch, set_epoch
 from distill.ema import EMA
 from distill.errors import exit_status
 from distill.evaluation import DetectionEvaluator, run_evaluation
-from distill.footprint import human_bytes, human_seconds
+from distill.footprint import human_bytes, human_seconds, weights_of
 from distill.optimization import build_optimizer
-from distill.remember import cost, open_caches, prepare_caches
 from distill.report import Report
 from distill.schema import Config
+from distill.teacher_cache import cost, open_caches, prepare_caches
 
 ARMS = ("plain", "online", "cached")
 PARTS = ("loading", "asking", "learning")
@@ -65,7 +66,7 @@ class Arm:
             detectors = {key: teacher.detector for key, teacher in self.teachers.items()}
             self.caches = prepare_caches(config, data, self.unit, detectors, print)
             open_caches(config, self.caches, self.teachers, accelerator)
-        self.seconds: list[dict[str, float]] = []  # of an image, by part, a round
+        self.seconds: list[dict[str, float]] = []  # of an image, by part and of a step, a round
 
     def step(self, batch: Batch, watch: Callable[[], None] = lambda: None) -> None:
         """One step of training; `watch` is called where another part begins."""
@@ -86,19 +87,23 @@ class Arm:
     def turn(self, steps: int | None) -> None:
         """A pass over the training images, or so many steps of it."""
         loader, marks, seen = self.data.train.loader, [], 0
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
 
         def watch() -> None:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
-            marks.append(time.perf_counter())
+            now = time.perf_counter()
+            marks.append((now, time.process_time() if alone else now))
 
         set_epoch(loader, 0)
         watch()
         for batch in islice(loader, steps):
             self.step(batch, watch)
             seen += len(batch.images)
-        taken = [after - before for before, after in pairwise(marks)]
-        self.seconds.append({part: sum(taken[n :: len(PARTS)]) / seen for n, part in enumerate(PARTS)})
+        taken = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(marks)]
+        parts = {part: sum(wall for wall, _ in taken[n :: len(PARTS)]) / seen for n, part in enumerate(PARTS)}
+        step = sum(own for n, (_, own) in enumerate(taken) if n % len(PARTS)) / seen
+        self.seconds.append(parts | {"step": step})
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -129,7 +134,7 @@ def compare(args: argparse.Namespace) -> None:
     for _ in range(args.rounds + 1):  # the first does not count
         for arm in arms.values():
             arm.turn(args.steps)
-    evaluated = evaluate(arms["plain"], args.rounds)
+    evaluated = evaluate(arms["plain"], 3)
 
     found = {name: summarize(arm, arms["plain"]) | {"memory": memory[name]} for name, arm in arms.items()}
     machine = {"device": accelerator.device.type, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
@@ -138,18 +143,19 @@ def compare(args: argparse.Namespace) -> None:
     settings |= {"workers": config.data.workers, "batch_size": config.data.batch_size}
     cached = arms["cached"].caches
     disk = {"bytes": sum(cache.records * cache.record_bytes for cache in cached.values()), "filling": filled}
-    others = {"evaluation": evaluated, "cache": disk}
+    held = sum(weights_of(teacher) for teacher in arms["online"].teachers.values())
+    others = {"evaluation": evaluated, "cache": disk, "teacher_bytes": held}
     (args.output / "throughput.json").write_text(json.dumps({**machine, **settings, **others, "arms": found}, indent=2))
     rows = [
         [name, f"{e['images_per_second']:.1f}", f"{e['step']:.2f}x", *(human_seconds(e[part]) for part in PARTS),
-         human_bytes(e["memory"]), f"{e['memory'] / memory['plain']:.2f}x"]
+         human_bytes(e["memory"]), f"{e['memory'] / (memory['plain'] + held * bool(arms[name].teachers)):.2f}x"]
         for name, e in found.items()
     ]  # fmt: skip
     report = Report()
     report.table(
         f"{args.config} on {machine['device']}, batches of {config.data.batch_size}, {config.data.workers} workers, "
         f"load of the machine {machine['load']:.1f}; medians of {args.rounds} rounds, times of an image",
-        ("", "images/s", "step", *PARTS, "memory", ""),
+        ("", "images/s", "step", *PARTS, "memory", "of plain and teacher"),
         rows,
     )
     report.say(f"evaluation: {human_seconds(evaluated)} an image, decoding, matching and loading included")
@@ -184,10 +190,9 @@ def evaluate(arm: Arm, rounds: int) -> float:
 def summarize(arm: Arm, plain: Arm) -> dict[str, Any]:
     """Medians over the rounds; `step` is asking and learning against the plain arm's in the same round."""
     rounds, theirs = arm.seconds[1:], plain.seconds[1:]
-    steps = [[round_["asking"] + round_["learning"] for round_ in one] for one in (rounds, theirs)]
     return {
-        "images_per_second": 1 / median(sum(round_.values()) for round_ in rounds),
-        "step": median(ours / others for ours, others in zip(*steps)),
+        "images_per_second": 1 / median(sum(round_[part] for part in PARTS) for round_ in rounds),
+        "step": median(ours["step"] / others["step"] for ours, others in zip(rounds, theirs)),
         **{part: median(round_[part] for round_ in rounds) for part in PARTS},
         "rounds": rounds,
     }

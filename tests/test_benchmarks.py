@@ -2,14 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from benchmarks import coco_size, importance, losses, recovery
+import students
+from benchmarks import coco_size, importance, losses, recovery, throughput
 from benchmarks.arms import interval, markdown, replace_section
 from distill.data import Batch, open_index
+from distill.data.shapes import CLASSES
 from distill.distiller import Distiller
 from distill.pruning.graph import find_groups
 
@@ -125,3 +128,20 @@ def test_ways_to_cut_are_compared_at_equal_macs(settings, tmp_path):
     assert (from_the_start["macs"], from_the_start["params"]) == (ours["macs"], ours["params"])
     assert from_the_start["ap_right_after"] is None and ours["ap_right_after"] is not None
     assert recovery.TITLE not in recovery.section({"scenes": result}, 1, 3)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_remembered_is_not_asked(settings, build_tiny, tmp_path):
+    students.save(build_tiny(class_names=list(CLASSES), channels=24), tmp_path / "teacher")
+    settings |= {"teacher": {"path": str(tmp_path / "teacher")}, "pruning": None}
+    config = tmp_path / "a.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    arguments = {"config": str(config), "overrides": [], "rounds": 2, "steps": 2, "output": tmp_path / "out"}
+    throughput.compare(SimpleNamespace(**arguments))
+    found = json.loads((tmp_path / "out/throughput.json").read_text())
+    plain, online, cached = (found["arms"][name] for name in throughput.ARMS)
+    assert plain["step"] == 1.0 and len(plain["rounds"]) == 2
+    assert 10 * cached["asking"] < online["learning"] and cached["asking"] < online["asking"]
+    assert plain["memory"] < min(online["memory"], cached["memory"])
+    # 8 images, 84 cells of P3 to P5, each with 24 channels, 8 classes, 4 distances
+    assert found["cache"]["bytes"] == 8 * 84 * (24 + 8 + 4) * 2

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import students
-from distill import remember
+from distill import teacher_cache
 from distill.build import build_data, teacher_run_config
 from distill.config import check_config
 from distill.distiller import Distiller
@@ -118,38 +118,38 @@ def parts(settings, build_tiny, tmp_path):
 
 
 def test_what_it_costs_is_said_before_it_is_written(parts, tmp_path, monkeypatch):
-    cache = remember.prepare_caches(*parts, pytest.fail)["teacher"]
+    cache = teacher_cache.prepare_caches(*parts, pytest.fail)["teacher"]
     # P4 of 64x64 pixels is a map of 4x4 with 24 channels, of 2 bytes each; 8 images in 3 views
     assert cache.record_bytes == 768
-    assert remember.cost(cache) == f"{tmp_path}/bank: 8 images x 3 views x 768 B = 18 kB, 0 of 24 records there"
+    assert teacher_cache.cost(cache) == f"{tmp_path}/bank: 8 images x 3 views x 768 B = 18 kB, 0 of 24 records there"
     assert not (tmp_path / "bank").exists()
 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=24 * (768 + 8) - 1))
     with pytest.raises(UserError) as refused:
-        remember.prepare_caches(*parts, pytest.fail)
+        teacher_cache.prepare_caches(*parts, pytest.fail)
     assert str(refused.value).startswith(
         "teacher.cache: "
     ) and "= 18 kB, 0 of 24 records there, and 19 kB are free th" in (str(refused.value))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=24 * (768 + 8)))
-    assert remember.prepare_caches(*parts, pytest.fail)
+    assert teacher_cache.prepare_caches(*parts, pytest.fail)
 
 
 def test_a_teacher_or_pictures_that_differ_are_named(parts, tmp_path, build_tiny):
     config, data, unit, detectors = parts
-    cache = remember.prepare_caches(*parts, pytest.fail)["teacher"]
+    cache = teacher_cache.prepare_caches(*parts, pytest.fail)["teacher"]
     cache.create()
-    remember.prepare_caches(*parts, pytest.fail)
+    teacher_cache.prepare_caches(*parts, pytest.fail)
 
     def refused(config, detectors, untrained=()):
         with pytest.raises(UserError) as raised:
-            remember.prepare_caches(config, build_data(config.data), unit, detectors, pytest.fail, untrained)
+            teacher_cache.prepare_caches(config, build_data(config.data), unit, detectors, pytest.fail, untrained)
         return str(raised.value)
 
     other = {"teacher": build_tiny(seed=2, channels=24)}
     start = f"teacher.cache: {tmp_path}/bank is of other settings: "
     way_out = "; name another folder, or remove this one"
     assert refused(config, other) == f"{start}its teacher's weights differ{way_out}"
-    remember.prepare_caches(config, data, unit, other, pytest.fail, untrained=["teacher"])
+    teacher_cache.prepare_caches(config, data, unit, other, pytest.fail, untrained=["teacher"])
 
     def changed(**data):
         return check_config(config.model_dump() | {"data": config.data.model_dump() | data}, "here")
@@ -173,4 +173,4 @@ def test_a_teacher_that_is_trained_first_sees_other_views_in_every_epoch(parts):
 def test_a_teacher_without_losses_has_nothing_to_remember(parts):
     config, data, unit, detectors = parts
     with pytest.raises(UserError, match=r"teacher.cache: no loss goes by this teacher; leave it out, or add one"):
-        remember.prepare_caches(config, data, Distiller(unit.student), detectors, pytest.fail)
+        teacher_cache.prepare_caches(config, data, Distiller(unit.student), detectors, pytest.fail)
