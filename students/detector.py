@@ -84,6 +84,8 @@ class Detector(nn.Module, ABC):
 
     Attributes:
         detects: whether it tells boxes and classes; some networks only teach, by their features.
+        learns: whether it has a loss; some detectors only teach.
+        scores_locations: whether its head says something of every location of its levels, `class_logits`.
         class_names: the names that labels stand for, in label order.
         recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
@@ -97,6 +99,8 @@ class Detector(nn.Module, ABC):
     """
 
     detects: bool = True
+    learns: bool = True
+    scores_locations: bool = True
     class_names: list[str]
     recipe: dict[str, Any]
     plans: list[Plan]

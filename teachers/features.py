@@ -50,7 +50,7 @@ class FeatureTeacher(Detector):
             nothing to teach.
     """
 
-    detects = False
+    detects = learns = scores_locations = False
 
     def __init__(self, backbone: str, weights: str = "imagenet"):
         super().__init__()
