@@ -207,6 +207,11 @@ def build_teachers(config: Config, class_names: list[str], student: Detector) ->
             detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
             if teacher.trained_first:
                 require_learner(detector, f"{key}.detector")
+            elif detector.only_backbone:
+                raise UserError(
+                    f"{key}.detector.weights: {teacher.detector.weights} is a backbone's, so {detector.title} detects "
+                    f"nothing yet; give {key}.train to train it first, or the weights of a whole detector"
+                )
         teachers[name] = at_own_size(detector, teacher, config.data)
     return teachers
 

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def load(folder: str | Path) -> Detector:
         detector.info = content["info"]
         detector.load_state_dict(_load_tensors(folder / WEIGHTS))
     except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own first line says only that something is wrong
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        reason = textwrap.shorten(" ".join(lines[1:3] or lines), 300, placeholder=" ...")
         raise ValueError(f"{folder}: does not hold together ({reason}); was it written by another version?") from error
     return detector.eval()
 

@@ -92,6 +92,7 @@ class Detector(nn.Module, ABC):
         info: facts kept beside it on disk, such as the `image_size` it was trained for; empty for a new one.
         anchors: predictions that a dense head makes at each location; 0 for a detector without one.
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
+        only_backbone: whether its first weights are those of its backbone alone, so that it detects nothing yet.
         unknown: labels that it never gives, as it has learnt other classes; see `teachers.speak`.
         settled: arguments that were left to the family, such as what follows from the first weights; they go into the
             recipe, since a saved detector is rebuilt without those.
@@ -107,6 +108,7 @@ class Detector(nn.Module, ABC):
     info: dict[str, Any]
     anchors: int = 0
     box_bins: int = 0
+    only_backbone: bool = False
     unknown: tuple[int, ...] = ()
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()
