@@ -157,6 +157,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
 
         for name in untrained:
             detectors[name] = train_teacher(config, name, folder, report, accelerator)
+        keep_published(config, detectors, folder, accelerator)
         teachers = make_teachers(config, detectors, accelerator, folder, data, report)
         caches = prepare_caches(config, data, unit, detectors, report.warn)
         open_caches(config, caches, teachers, accelerator)
@@ -402,6 +403,15 @@ def fit(run: Run) -> bool:
     finish(run, kept, evaluate_test, before, earlier, [name for name in compared if name in teacher_aps])
     album.update(kept, last=True)
     return False
+
+
+def keep_published(config: Config, detectors: dict[str, Detector], folder: RunFolder, accelerator: Accelerator) -> None:
+    """Puts teachers that are as their published weights are into the run folder."""
+    for name, teacher in config.all_teachers.items():
+        if teacher.as_its_weights_are and accelerator.is_main_process:
+            detector = detectors[name].detector if teacher.image_size else detectors[name]
+            info = {"image_size": list(teacher.image_size or config.data.image_size), "resize": config.data.resize}
+            students.save(detector, folder.teacher(name), info)
 
 
 def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:

@@ -25,7 +25,8 @@ class ScaledDetector(Detector):
         super().__init__()
         self.detector, self.scale = detector, scale
         self.anchors, self.box_bins, self.unknown = detector.anchors, detector.box_bins, detector.unknown
-        self.notes, self.detects, self.decoded_fields = detector.notes, detector.detects, detector.decoded_fields
+        self.notes, self.detects, self.learns = detector.notes, detector.detects, detector.learns
+        self.scores_locations, self.decoded_fields = detector.scores_locations, detector.decoded_fields
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for is the detector's: its classes, its recipe, its parts."""

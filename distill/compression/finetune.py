@@ -133,7 +133,7 @@ def _with_own_teachers(config: Config, folder: RunFolder) -> Config:
     """The settings with the paths of the teachers that the run trained first, or kept of its student."""
     paths = {}
     for name, teacher in config.all_teachers.items():
-        if teacher.trained_first or teacher.itself == "original":
+        if teacher.is_built or teacher.itself == "original":
             own = folder.teacher(name)
             if not own.is_dir():
                 key = config.teacher_key(name)

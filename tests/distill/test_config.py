@@ -153,7 +153,7 @@ def test_overrides_that_are_none(write, override, message):
         ("data.train=null", "data: train is null and there are no unlabelled images; name a split"),
         (
             "teacher.train=null",
-            "teacher: give path, the folder of a trained detector, or both detector and train to train it first",
+            "teacher: train is missing, and dense with weights: none detects nothing yet; give train to train it first",
         ),
         ("pruning.end=0", "pruning: end (0) lies before start (1); cuts go from start to end"),
         ("student.channels=true", "student.channels: input should be a valid integer; found True"),
