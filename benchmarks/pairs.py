@@ -2,8 +2,8 @@
 
     python benchmarks/pairs.py
 
-One pass of each pair through all losses, backwards too. Writes docs/pairs.md, which a test holds against the code. Takes
-libreyolo for its families, see docs/adapters.md.
+One pass of each pair through all losses, backwards too. Writes docs/pairs.md, which a test holds against the code. It
+takes libreyolo for its families, see docs/adapters.md.
 """
 
 import argparse
@@ -183,17 +183,20 @@ def page(met: Mapping[tuple[str, str], Met]) -> str:
         ["", "losses"],
         [["F", ", ".join(f"`{name}`" for name in OVER_FEATURES)], *([v, f"`{k}`"] for k, v in LETTERS.items())],
     )
+    usual, of_ssd = (f"{width}x{height}" for height, width in (SIZE, LEAST_OF_SSD))
     return f"""# Who can teach whom
 
-Every family as teacher of every other, by each loss, as `python benchmarks/pairs.py` found them: one step of the smallest
-member of each at {SIZE[1]}x{SIZE[0]} pixels (`ssd300`: {LEAST_OF_SSD[1]}x{LEAST_OF_SSD[0]}) with fresh weights, forwards and backwards. A letter stands for losses that ran;
-what is not there is refused when a run starts, in one line, as listed below. A test does the same and compares.
+Every family as teacher of every other, by each loss, as `python benchmarks/pairs.py` found them: one step of the
+smallest member of each, with fresh weights, at {usual} pixels (`ssd300`: {of_ssd}), forwards and backwards. A letter
+stands for losses that ran; what is not there is refused when a run starts, in one line, as listed below. A test does
+the same and compares.
 
 {letters}
 {table}
-Features ran across all pairs, also between strides up to a factor of 2 apart. An adapter of your own
-([adapters.md](adapters.md)) is like `yolox` if it returns a `DenseOutput`, like `dfine` if it returns a `DetectedOutput`.
-`dfine` only teaches, and so do `timm features` (any timm network with maps) and `ViT features` (with patch tokens).
+Features meet in all pairs, also where strides are up to a factor of 2 apart. An adapter of your own
+([adapters.md](adapters.md)) is like `yolox` if it returns a `DenseOutput` with one prediction a location, like `dfine`
+if it returns a `DetectedOutput`. `dfine` only teaches, and so do `timm features` (any timm network with maps) and `ViT
+features` (with patch tokens).
 
 ## What the others are told
 

@@ -151,7 +151,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # UnpicklingError, zip errors, EOFError: all mean the same to the user
         if found := FORBIDDEN.search(str(error)):
             raise ValueError(
-                f"weights: {path} asks for {found[1]}, which no file of tensors needs; it is refused, and nothing was run"
+                f"weights: {path} asks for {found[1]}, which no file of tensors needs; it is refused, and nothing was "
+                "run"
             ) from None
         raise ValueError(f"weights: {path} is no checkpoint, it cannot be read as tensors") from None
     for key in ("state_dict_ema", "state_dict", "model"):

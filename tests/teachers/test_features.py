@@ -43,7 +43,7 @@ def test_patch_tokens_become_a_map_and_two_more(save_weights):
 
 
 def test_a_file_of_another_network_is_one_line(save_weights, caplog):
-    with pytest.raises(ValueError, match="lacks .* tensors of test_resnet, first 'conv1.0.weight'"):
+    with pytest.raises(ValueError, match=r"lacks .* tensors of test_resnet, first 'conv1.0.weight'"):
         FeatureTeacher("test_resnet", save_weights("test_vit"))
     assert caplog.records == []  # timm would list all that it does not know
 
