@@ -23,8 +23,8 @@ from teachers import Teacher
 
 OUTPUTS = 0.02  # of each of a teacher's maps, by its root mean square, that may be lost
 LOSS = 0.01  # likewise of a student's loss
-SECONDS, ROUNDS, HOPELESS = 2.0, 5, 2.0  # for all rounds; at most; times the fastest, from which none is tried again
-FEW = 4  # images that are tried on, on a CPU
+SECONDS, ROUNDS, HOPELESS = 1.0, 5, 2.0  # for all rounds; at most; times the fastest, from which none is tried again
+FEW = 2  # images that are tried on, on a CPU
 
 
 class Way(NamedTuple):
