@@ -118,7 +118,8 @@ class Teacher:
 
     def _ask(self, detector: Detector, images: Tensor, head: bool):
         half = self.dtype is not torch.float32
-        images = images.contiguous(memory_format=self.memory_format)
+        if not self.sharded:  # whose weights lie as they were dealt out
+            images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=half):
             output = detector(images) if head else FeatureOutput(detector.pyramid(images))
         return type(output)(*(tuple(level.float() for level in levels) for levels in output)) if half else output
