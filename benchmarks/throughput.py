@@ -160,19 +160,19 @@ def compare(args: argparse.Namespace) -> None:
     )
     report.say(f"evaluation: {human_seconds(evaluated)} an image, decoding, matching and loading included")
     for cache in cached.values():
-        report.say(f"cache: {cost(cache)}; filling it took {human_seconds(filled)} an image")
+        report.say(f"cache: {cost(cache)}" + (f"; filling it took {human_seconds(filled)} an image" if filled else ""))
 
 
-def fill(arm: Arm) -> float:
-    """Asks for every view once; seconds of an image, asking and writing."""
-    taken, seen = 0.0, 0
+def fill(arm: Arm) -> float | None:
+    """Asks for every view once; seconds of an image, asking and writing. None where there were some from before."""
+    empty, taken, seen = not any(cache.filled for cache in arm.caches.values()), 0.0, 0
     loader = arm.data.train.loader
     set_epoch(loader, 0)
     for batch in loader:
         images, began = batch.images.to(arm.device), time.perf_counter()
         arm.unit.ask(arm.teachers, images, batch.targets, batch.metas)
         taken, seen = taken + time.perf_counter() - began, seen + len(batch.images)
-    return taken / seen
+    return taken / seen if empty else None
 
 
 def evaluate(arm: Arm, rounds: int) -> float:
