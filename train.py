@@ -299,6 +299,7 @@ def fit(run: Run) -> bool:
     teacher_aps: dict[str, float | None] = {}
     untouched: dict[str, str] = {}
     album = Album(run.folder, run.data, accelerator, report)
+    album.begin(kept, resumes)
 
     def meet_teachers(names: Iterable[str]) -> None:
         for name in names:

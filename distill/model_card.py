@@ -10,10 +10,10 @@ USAGE = """\
 import students
 from distill.predict import predict
 
-detector = students.load("{folder}")
+detector = students.load("student")  # seen from this folder
 found = predict(detector, "photo.jpg")
 for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
-    print(detector.class_names[label], f"{{score:.2f}}", [round(x) for x in box])  # xyxy in pixels of the photo
+    print(detector.class_names[label], f"{score:.2f}", [round(x) for x in box])  # xyxy in pixels of the photo
 ```
 """
 
@@ -60,7 +60,7 @@ def write_model_card(run: RunFolder) -> None:
         f"The detector is the folder [`student`](student): a recipe, its cuts and safetensors, "
         f"{human_macs(summary['student']['macs'])} MACs. With the packages `students` and `distill` installed:",
         "",
-        USAGE.format(folder=run.student.as_posix()),
+        USAGE,
     ]
     write_file(run.card_file, "\n".join(lines))
 

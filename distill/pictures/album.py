@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from distill.build import Data
 from distill.data import collate_samples
-from distill.pictures.folder import BATCH, draw_run, first_line, keep_scenes, keep_widths, save_picture
-from distill.pictures.scenes import choose_samples, look, make_scenes, with_looks
+from distill.pictures.folder import BATCH, SCENES, draw_run, first_line, keep_scenes, keep_widths, save_picture
+from distill.pictures.scenes import AT_FIRST, STUDENT, choose_samples, look, make_scenes, read_scenes, with_looks
 from distill.pictures.sheets import draw_batch
 from distill.pictures.style import styled
 from distill.report import Report
@@ -18,7 +18,6 @@ from distill.run_folder import RunFolder
 from students import Detector
 
 SHARE = 0.05  # of a run's time that pictures may take; where epochs are shorter than that allows, some go undrawn
-STUDENT = "student"  # what it is shown as
 GUESS = 3.0  # seconds that they take, before that is known
 
 
@@ -49,6 +48,21 @@ class Album:
             self._scenes = make_scenes(self._samples)
         with self._harmless(), styled():
             self._draw_first_batch(data)
+
+    def begin(self, student: Detector, resumes: bool) -> None:
+        """Keeps what the student looks at before it is trained; in a resumed run, what was kept then."""
+        if not (self._active and self._samples):
+            return
+        with self._harmless():
+            file = self._run.pictures / SCENES
+            if resumes:
+                kept = read_scenes(file)[0] if file.is_file() else []
+                looks = [scene.looks[AT_FIRST] for scene in kept if AT_FIRST in scene.looks]
+            else:
+                looks = look(student, self._samples)
+            if len(looks) == len(self._scenes):
+                self._scenes = with_looks(self._scenes, AT_FIRST, looks)
+                keep_scenes(self._run, self._scenes, self._class_names)
 
     def show(self, name: str, teacher: Detector) -> None:
         """Shows one more teacher, in front of the student. It is asked once, as it does not change."""

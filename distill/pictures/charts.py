@@ -180,7 +180,7 @@ def draw_tradeoff(course: Course) -> Figure | None:
     if panels == 2:
         _tradeoff(figure.axes[1], course, course.latencies, teacher.get("latency_ms"))
         figure.axes[1].set_title(f"AP on {_val(course)} against latency")
-        figure.axes[1].set_xlabel("milliseconds for one image, measured at the end of the run")
+        figure.axes[1].set_xlabel("milliseconds for one image, at the end")
     for axes in figure.axes:
         axes.margins(0.2, 0.25)
         axes.set_xlim(left=0)

@@ -13,6 +13,7 @@ from students import Detector
 
 NUMBER = 6  # images
 SCORE = 0.3  # of a detection that is drawn
+STUDENT, AT_FIRST = "student", "student at first"  # what it is shown as, now and as it was before it was trained
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from distill.data import Batch
-from distill.pictures.scenes import Scene
+from distill.pictures.scenes import AT_FIRST, STUDENT, Scene
 from distill.pictures.style import MIDDLE_GREY, class_color, colors_tell_apart, new_sheet
 
 TITLE = {"fontsize": 13, "color": MIDDLE_GREY, "fontweight": "bold", "loc": "center", "pad": 4}
@@ -20,7 +20,7 @@ def draw_mosaic(scenes: list[Scene], class_names: list[str]) -> Figure | None:
     """Each image as it is in truth, as each teacher sees it and as the student does."""
     if not scenes:
         return None
-    detectors = _detectors(scenes)
+    detectors = [name for name in _detectors(scenes) if name != AT_FIRST]
     figure, grid = new_sheet(len(scenes), 1 + len(detectors), _tallest(scenes), head=0.3 + _legend_height(class_names))
     for scene, row in zip(scenes, grid):
         for axes in row:
@@ -107,8 +107,8 @@ def _name_classes(figure: Figure, class_names: list[str]) -> None:
 
 
 def _detectors(scenes: list[Scene]) -> list[str]:
-    """Teachers first, the student last."""
-    return sorted(scenes[0].looks, key=lambda name: name == "student")
+    """Teachers first, the student last, and before it what it was."""
+    return sorted(scenes[0].looks, key=lambda name: (name in (AT_FIRST, STUDENT), name == STUDENT))
 
 
 def _tallest(scenes: list[Scene]) -> float:

@@ -53,7 +53,7 @@ def test_its_code_runs(run, tmp_path, monkeypatch, capsys):
     students.save(detector, run.student, students.read_info(run.student))
     write_model_card(run)
     (code,) = re.findall(r"```python\n(.*?)```", run.card_file.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(run.path)
     photo = "photo.jpg"  # as the card calls it
     Image.fromarray(np.zeros((300, 200, 3), np.uint8)).save(photo)
     exec(compile(code, "card", "exec"), {})

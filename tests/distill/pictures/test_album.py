@@ -4,14 +4,16 @@ import re
 import sys
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 import students
 from distill.build import build_data
-from distill.pictures import PICTURES, Album, album, draw_run, folder
+from distill.pictures import PICTURES, Album, album, draw_run, folder, sheets
 from distill.pictures.__main__ import main
 from distill.pictures.course import Course
 from distill.pictures.page import describe_state, numbers
+from distill.pictures.scenes import read_scenes
 from distill.report import Report
 from distill.schema import DataConfig
 from students.artifact import cut
@@ -145,6 +147,25 @@ def test_pictures_take_a_twentieth_of_the_time_at_most(make_album, student, monk
     assert times == [1060.0, 1102.0]
     watching.update(student, last=True)
     assert len(times) == 3
+
+
+def test_what_the_student_looked_at_first_outlives_an_interruption(make_album, student, finished, monkeypatch):
+    monkeypatch.setattr(album, "draw_run", lambda run: [])
+    make_album().begin(student, resumes=False)
+    (first, *_), _ = read_scenes(finished.pictures / "scenes.npz")
+    torch.nn.init.normal_(student.backbone.body.conv1[0].weight)  # it is trained, and goes on
+    watching = make_album()
+    watching.begin(student, resumes=True)
+    watching.update(student, last=True)
+    (scene, *_), class_names = read_scenes(finished.pictures / "scenes.npz")
+    stays, now = (scene.looks[name].attention[8] for name in ("student at first", "student"))
+    assert (stays == first.looks["student at first"].attention[8]).all() and (stays != now).any()
+    # the teacher, the student at first and now: in rows where they look, and its first boxes are nowhere
+    sheet = sheets.draw_attention([scene])
+    shown = [text.get_text() for axes in sheet.axes for text in axes.texts]
+    assert shown == ["teacher", "student at first", "student"]
+    titles = [axes.get_title() for axes in sheets.draw_mosaic([scene], class_names).axes]
+    assert titles == ["truth", "teacher", "student"]
 
 
 def test_the_detectors_are_left_as_they_were(make_album, student, monkeypatch):
