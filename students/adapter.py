@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from students.checkpoint import read_tensors, require_tensors
 from students.detector import DenseOutput, Detections, Detector
 from students.locations import flatten_levels, grid_locations, map_shapes, to_boxes
 from students.nms import select
-from students.yolo.weights import compare, read_tensors
 
 
 class DetectedOutput(NamedTuple):
@@ -130,7 +130,7 @@ class Adapter(Detector):
         wanted = {name: tensor for name, tensor in self.network.state_dict().items() if not name.startswith(unread)}
         of_classes = [name.removeprefix("network.") for name in self.class_tensors]
         arranged, notes = arrange_rows(self.class_names, wanted, found, of_classes, names, source, new_head)
-        compare(wanted, arranged, source)
+        require_tensors(wanted, arranged, source)
         for name, tensor in wanted.items():
             if name in arranged:
                 tensor.copy_(arranged[name])

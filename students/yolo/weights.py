@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from students.checkpoint import describe_shape, read_tensors, require_tensors
 from students.yolo.blocks import C3, SPPCSPC, SPPF, Conv, RepConv
-from students.yolo.checkpoint import read_checkpoint
 from students.yolo.head import STRIDES, AnchorHead
 
 if TYPE_CHECKING:
@@ -74,7 +72,7 @@ def load_weights(detector: "YOLODetector", source: str, new_head: bool) -> list[
         found |= {f"model.{number}.{key}": tensor for key, tensor in layers[number].items()}
     last = numbers[-1]
     rows, problems = read_head_layers(layers[last], f"model.{last}.", detector.head)
-    compare(wanted, found | strays, source, problems, (len(blocks) + 1, len(numbers)))
+    require_tensors(wanted, found | strays, source, problems, (len(blocks) + 1, len(numbers)))
     for name, tensor in wanted.items():
         if name in found:
             tensor.copy_(found[name])
@@ -88,43 +86,6 @@ def published_blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from published_blocks(child)
-
-
-def compare(
-    wanted: dict[str, Tensor],
-    found: dict[str, Tensor],
-    source: str,
-    problems: Sequence[str] = (),
-    layers: tuple[int, int] | None = None,
-) -> None:
-    """Refuses tensors that are not those of a network, name by name and shape by shape.
-
-    Args:
-        wanted: the network's.
-        found: the file's.
-        source: its path.
-        problems: what is known to be wrong besides.
-        layers: how many of them the network and the file have.
-
-    Raises:
-        ValueError: a difference; the first are shown.
-    """
-    first = []
-    for name, tensor in wanted.items():
-        if name not in found:
-            if not name.endswith("num_batches_tracked"):
-                first.append(f"it lacks {name} {_shape(tensor)}")
-        elif found[name].shape != tensor.shape:
-            first.append(f"{name} is {_shape(found[name])}, here {_shape(tensor)}")
-    first += [f"it has {name} {_shape(x)}, which is not here" for name, x in found.items() if name not in wanted]
-    problems = [*first, *problems]
-    if problems:
-        counts = f"; it has {layers[1]} layers, this network {layers[0]}" if layers and layers[0] != layers[1] else ""
-        raise ValueError(
-            f"weights: {source} is of another network: {'; '.join(problems[:3])}"
-            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}{counts}; give the settings it was made "
-            "with"
-        )
 
 
 def read_head_layers(layer: dict[str, Tensor], prefix: str, head: AnchorHead) -> tuple[dict[str, Tensor], list[str]]:
@@ -142,9 +103,9 @@ def read_head_layers(layer: dict[str, Tensor], prefix: str, head: AnchorHead) ->
     known = {"anchors", "anchor_grid"}  # the second are the same in pixels
     sizes = layer.get("anchors")
     if sizes is None:
-        problems.append(f"it lacks {prefix}anchors {_shape(head.anchor_sizes)}")
+        problems.append(f"it lacks {prefix}anchors {describe_shape(head.anchor_sizes)}")
     elif sizes.shape != head.anchor_sizes.shape:
-        problems.append(f"{prefix}anchors is {_shape(sizes)}, here {_shape(head.anchor_sizes)}")
+        problems.append(f"{prefix}anchors is {describe_shape(sizes)}, here {describe_shape(head.anchor_sizes)}")
     else:
         rows["anchor_sizes"] = sizes * sizes.new_tensor(STRIDES)[:, None, None]
     for level, boxes in enumerate(head.boxes):
@@ -157,7 +118,7 @@ def read_head_layers(layer: dict[str, Tensor], prefix: str, head: AnchorHead) ->
         columns = boxes.in_channels
         if weight.shape[1:] != (columns, 1, 1) or len(weight) % anchors or len(weight) <= 5 * anchors:
             wanted = f"({anchors} * (5 + classes), {columns}, 1, 1)"
-            problems.append(f"{prefix}m.{level}.weight is {_shape(weight)}, here {wanted}")
+            problems.append(f"{prefix}m.{level}.weight is {describe_shape(weight)}, here {wanted}")
             continue
         added, factor = (layer.get(f"{name}.implicit") for name in names.values())
         if added is not None:
@@ -215,24 +176,6 @@ def fill_head(
     if names and not all(name in names for name in own):
         return [f"its {number} classes are taken for those of {source} in their order, {_some(names)}"]
     return []
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a .safetensors file, or as `read_checkpoint` gives them of any other, and the classes it tells.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if path.suffix != ".safetensors":
-        return read_checkpoint(path)
-    try:
-        return load_file(path), []
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"weights: {path} cannot be read as safetensors ({error})") from None
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"({', '.join(map(str, tensor.shape))})"
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

@@ -1,6 +1,6 @@
-"""Reads the tensors of a published .pt file without running anything that is in it.
+"""Reads the tensors of a published file without running anything that is in it, and holds them against a network's.
 
-Such a file is a pickle of the whole network: its modules by class, with their state. Only the few functions that put a
+A .pt file is a pickle of the whole network: its modules by class, with their state. Only the few functions that put a
 tensor together are called; every class of a network becomes an inert stand-in that holds its state, and what is
 neither, such as `os.system`, is refused by its name.
 """
@@ -11,11 +11,13 @@ import pickle
 import sys
 import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 # what may be called: it puts tensors and plain containers together
@@ -143,6 +145,64 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     names = getattr(content, "names", beside) or []
     names = list(names.values() if isinstance(names, dict) else names)
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, names
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a .safetensors file, or as `read_checkpoint` gives them of any other, and the classes it tells.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return read_checkpoint(path)
+    try:
+        return load_file(path), []
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"weights: {path} cannot be read as safetensors ({error})") from None
+
+
+def require_tensors(
+    wanted: dict[str, Tensor],
+    found: dict[str, Tensor],
+    source: str,
+    problems: Sequence[str] = (),
+    layers: tuple[int, int] | None = None,
+) -> None:
+    """Refuses tensors that are not those of a network, name by name and shape by shape.
+
+    Args:
+        wanted: the network's.
+        found: the file's.
+        source: its path.
+        problems: what is known to be wrong besides.
+        layers: how many of them the network and the file have.
+
+    Raises:
+        ValueError: a difference; the first are shown.
+    """
+    first = []
+    for name, tensor in wanted.items():
+        if name not in found:
+            if not name.endswith("num_batches_tracked"):
+                first.append(f"it lacks {name} {describe_shape(tensor)}")
+        elif found[name].shape != tensor.shape:
+            first.append(f"{name} is {describe_shape(found[name])}, here {describe_shape(tensor)}")
+    first += [
+        f"it has {name} {describe_shape(x)}, which is not here" for name, x in found.items() if name not in wanted
+    ]
+    problems = [*first, *problems]
+    if problems:
+        counts = f"; it has {layers[1]} layers, this network {layers[0]}" if layers and layers[0] != layers[1] else ""
+        raise ValueError(
+            f"weights: {source} is of another network: {'; '.join(problems[:3])}"
+            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}{counts}; give the settings it was made "
+            "with"
+        )
+
+
+def describe_shape(tensor: Tensor) -> str:
+    """Such as (64, 3, 7, 7)."""
+    return f"({', '.join(map(str, tensor.shape))})"
 
 
 def _named_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from students.yolo.checkpoint import read_checkpoint
+from students.checkpoint import read_checkpoint
 
 
 @pytest.fixture
