@@ -3,7 +3,8 @@
     python benchmarks/losses.py --sets scenes bccd --seeds 3 --bccd PATH
 
 Every finished arm is kept under --output, and a second start goes on from there. Losses are balanced by gradient: a
-loss alone pulls as strongly as the task, losses together share that. Writes --output/losses.json and docs/losses.md.
+loss alone pulls as strongly as the task, several each by a weight of its own. Writes --output/losses.json and
+docs/losses.md.
 """
 
 import argparse
@@ -29,35 +30,59 @@ from distill.schema import Config
 from distill.terms import TERMS
 from teachers import Teacher
 
-COMBINED = {
-    "scores + boxes": ("dense_sigmoid", "box_mimic"),
-    "scores + boxes + pkd": ("dense_sigmoid", "box_mimic", "pkd"),
-    "cross_kd + pkd": ("cross_kd", "pkd"),
-    "cross_kd + scores + boxes": ("cross_kd", "dense_sigmoid", "box_mimic"),
+SCENES = ["data.root=runs/scenes1000", "data.synthetic.train=1000"]
+BCCD = ["data.image_size=[120,160]"]
+GFL = ["student.head=gfl", "teacher.detector.head=gfl"]
+COMBINED = (
+    {"dense_sigmoid": 0.5, "box_mimic": 0.5},
+    {"dense_sigmoid": 1.0, "box_mimic": 1.0},
+    {"dense_sigmoid": 0.5, "box_mimic": 0.5, "pkd": 0.25},
+    {"dense_sigmoid": 1.0, "box_mimic": 1.0, "mgd": 1.0},
+    {"dense_sigmoid": 1.0, "box_mimic": 1.0, "fgd": 1.0},
+    {"cross_kd": 0.5, "box_mimic": 0.5},
+    {"ld": 0.5, "dense_sigmoid": 0.5},
+    {"ld": 0.5, "dense_sigmoid": 0.5, "box_mimic": 0.5},
+    {"ld": 0.5, "cross_kd": 0.5},
+)
+# what an arm learns from: weights of losses; roi_kd needs two stages, which none of these recipes has
+ARMS: dict[str, dict[str, float]] = {
+    "plain": {},
+    **{name: {name: 1.0} for name in TERMS if name != "roi_kd"},
+    **{" + ".join(f"{weight:g} {name}" for name, weight in weights.items()): weights for weights in COMBINED},
 }
-# ld needs heads with distributions, which these recipes do not have
-ARMS = {"plain": (), **{name: (name,) for name in TERMS if name not in ("ld", "roi_kd")}, **COMBINED}
+SETS = {
+    "scenes": ("Drawn scenes (`configs/quickstart.yaml`, 1000 images)", "configs/quickstart.yaml", SCENES),
+    "bccd": ("BCCD (`configs/bccd.yaml` at 160x120 px)", "configs/bccd.yaml", BCCD),
+    "bccd_gfl": ("BCCD, GFL heads (likewise, `head: gfl`)", "configs/bccd.yaml", [*BCCD, *GFL]),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", choices=("scenes", "bccd"), default=["scenes", "bccd"])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=9, help="of every student")
     parser.add_argument("--bccd", default="../shared/data/bccd", help="folder of the BCCD data set")
     parser.add_argument("--output", type=Path, default=Path("runs/losses"))
     args = parser.parse_args()
-    configs = {"scenes": ("configs/quickstart.yaml", []), "bccd": ("configs/bccd.yaml", [f"data.root={args.bccd}"])}
-    arms = ["plain", *(arm for arm in args.arms if arm != "plain")]
     results = {}
     for name in args.sets:
-        config, overrides = configs[name]
+        _, config, base = SETS[name]
+        overrides = base if name == "scenes" else [*base, f"data.root={args.bccd}"]
+        arms = [arm for arm in args.arms if fits(arm, name) or arm == "plain"]
         results[name] = compare(args.output / name, config, overrides, arms, args.seeds, args.epochs)
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "losses.json").write_text(json.dumps(results, indent=2) + "\n")
         (ROOT / "docs" / "losses.md").write_text(document(results, args.seeds, args.epochs))
         print(table(results[name]))
+
+
+def fits(arm: str, name: str) -> bool:
+    """Whether an arm belongs on a set: with GFL heads those that are about boxes or heads, elsewhere all but LD."""
+    if name == "bccd_gfl":
+        return bool({"ld", "cross_kd", "box_mimic"} & {*ARMS[arm]})
+    return "ld" not in ARMS[arm]
 
 
 def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: int, epochs: int) -> dict[str, Any]:
@@ -66,15 +91,15 @@ def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: 
     as_student = read_yaml(ROOT / config)["teacher"]
     teacher = [setting("student", as_student["detector"]), setting("train", as_student["train"])]
     taught_by = run_arm(folder / "teacher", config, [*base, *overrides_of("plain", folder), *teacher])["student"]
-    entries, checked = {}, {}
-    for arm in arms:
-        overrides = [*base, *overrides_of(arm, folder), f"train.epochs={epochs}"]
-        place = folder / arm.replace(" ", "")
-        runs = [
-            run_arm(place / f"seed{seed}", config, [*overrides, f"seed={seed}"])["student"] for seed in range(seeds)
-        ]
-        entries[arm] = {key: [run[key] for run in runs] for key in ("ap", "ap50")}
-        checked[arm] = check_config(override(read_yaml(ROOT / config), overrides), config)
+    overrides = {arm: [*base, *overrides_of(arm, folder), f"train.epochs={epochs}"] for arm in arms}
+    entries = {arm: {"ap": [], "ap50": []} for arm in arms}
+    for seed in range(seeds):  # a seed of all arms before the next, so that what is done so far can be compared
+        for arm in arms:
+            place = folder / arm.replace(" ", "") / f"seed{seed}"
+            run = run_arm(place, config, [*overrides[arm], f"seed={seed}"])["student"]
+            for key, values in entries[arm].items():
+                values.append(run[key])
+    checked = {arm: check_config(override(read_yaml(ROOT / config), overrides[arm]), config) for arm in arms}
     for arm, cost in measure_steps(checked).items():
         entries[arm] |= cost
     return {"teacher": {key: taught_by[key] for key in ("ap", "ap50")}, "arms": entries}
@@ -82,10 +107,10 @@ def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: 
 
 def overrides_of(arm: str, folder: Path) -> list[str]:
     """What an arm changes of the recipe."""
-    names = ARMS[arm]
-    if not names:
+    weights = ARMS[arm]
+    if not weights:
         return ["teacher=null", "losses={}", "pruning=null"]
-    losses = {name: {"name": name, "weight": 1 / len(names)} for name in names}
+    losses = {name: {"name": name, "weight": weight} for name, weight in weights.items()}
     teacher = setting("teacher", {"path": str(folder / "teacher" / "student")})
     return [teacher, setting("losses", losses), "balance=gradient", "pruning=null"]
 
@@ -178,16 +203,15 @@ def table(result: dict[str, Any]) -> str:
 
 def document(results: dict[str, Any], seeds: int, epochs: int) -> str:
     """docs/losses.md."""
-    titles = {"scenes": "Drawn scenes (`configs/quickstart.yaml`)", "bccd": "BCCD (`configs/bccd.yaml`)"}
     text = f"""# What each knowledge loss is worth
 
 Written by `python benchmarks/losses.py --sets {" ".join(results)} --seeds {seeds} --epochs {epochs}`. The same student
-throughout, {epochs} epochs, no cuts. A loss alone is balanced to pull as strongly as the task (`balance: gradient`,
-weight 1); losses together share that. AP in points on the recipe's test split, mean over {seeds} seeds and its 95%
-interval; gap closed is (distilled - plain) / (teacher - plain). Time and memory (what is kept for the backward pass)
-are ratios to plain training.
+throughout, {epochs} epochs, no cuts. Losses are balanced (`balance: gradient`): one alone pulls as strongly as the task
+(weight 1), several each by the weight that is given. AP in points on the recipe's test split, mean over {seeds} seeds
+and its 95% interval; gap closed is (distilled - plain) / (teacher - plain). Time and memory (what is kept for the
+backward pass) are ratios to plain training.
 """
-    return text + "".join(f"\n## {titles[name]}\n\n{table(result)}" for name, result in results.items())
+    return text + "".join(f"\n## {SETS[name][0]}\n\n{table(result)}" for name, result in results.items())
 
 
 if __name__ == "__main__":

@@ -54,12 +54,14 @@ def test_seeds_are_compared_pair_by_pair():
     assert rows[4] == "| ours | 37.0 +- 63.5 | 2.0 +- 0.0 | 20.0 +- 127.1 | 1M | 4.0 ms | 2.00x |"
 
 
-def test_losses_that_share_pull_as_strongly_as_one(tmp_path):
-    overrides = losses.overrides_of("cross_kd + pkd", tmp_path)
+def test_losses_go_by_the_weights_that_their_arm_is_named_by(tmp_path):
+    overrides = losses.overrides_of("0.5 cross_kd + 0.5 box_mimic", tmp_path)
     assert (
-        'losses={"cross_kd": {"name": "cross_kd", "weight": 0.5}, "pkd": {"name": "pkd", "weight": 0.5}}' in overrides
+        'losses={"cross_kd": {"name": "cross_kd", "weight": 0.5}, "box_mimic": {"name": "box_mimic", "weight": 0.5}}'
+        in overrides
     )
     assert "balance=gradient" in overrides and "pruning=null" in overrides
+    assert losses.fits("0.5 ld + 0.5 cross_kd", "bccd_gfl") and not losses.fits("0.5 ld + 0.5 cross_kd", "bccd")
 
 
 def test_data_of_a_size_are_opened_and_scored(tmp_path, monkeypatch):
