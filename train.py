@@ -31,7 +31,8 @@ from distill.checkpoint import (
 )
 from distill.config import check_config, load_config, override
 from distill.data import set_epoch, start_after
-from distill.distributed import compile_parts, on_main, share_buffers
+from distill.distiller import Distiller
+from distill.distributed import compile_options, compile_parts, on_main, share_buffers
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
@@ -42,6 +43,7 @@ from distill.measure import count_macs, count_parameters, measure_cuts, measure_
 from distill.model_card import write_model_card
 from distill.optimization import build_optimizer, rate_at, set_rate
 from distill.pictures import Album
+from distill.precision import Trial, Way, recorded, settle, try_student, try_teacher
 from distill.pruning.sparsity import small_scales
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run import Run
@@ -144,8 +146,10 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         for name, cache in prepare_caches(config, data, unit, detectors, report.warn, untrained).items():
             report.say(f"{config.teacher_key(name)}.cache: {cost(cache)}; {human_bytes(cache.free_bytes)} are free")
         if dry_run:
-            half = {"no": None, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.bfloat16)
-            teachers = make_teachers(config, detectors, accelerator)
+            teachers = make_teachers(config, detectors, accelerator, None, data, report)
+            way = settle_student(config, unit, teachers, accelerator, None, data, report)
+            halves = {"no": None if way.precision == "float32" else torch.bfloat16, "fp16": torch.float16}
+            half = halves.get(accelerator.mixed_precision, torch.bfloat16)
             step = estimate(config, unit, teachers, accelerator.device, accelerator.num_processes, half)
             report.banner(f"a step of {config.data.batch_size} images", step.rows())
             report.say("dry run: everything was built and fits together; nothing was trained, no run folder written")
@@ -153,9 +157,11 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
 
         for name in untrained:
             detectors[name] = train_teacher(config, name, folder, report, accelerator)
-        teachers = make_teachers(config, detectors, accelerator)
+        keep_published(config, detectors, folder, accelerator)
+        teachers = make_teachers(config, detectors, accelerator, folder, data, report)
         caches = prepare_caches(config, data, unit, detectors, report.warn)
         open_caches(config, caches, teachers, accelerator)
+        way = settle_student(config, unit, teachers, accelerator, folder, data, report)
         start_tracking(accelerator, config)
         with Interruption(accelerator, config.train.save_minutes) as interruption:
             run = Run(
@@ -173,6 +179,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
                 accelerator,
                 interruption,
                 role,
+                way,
             )
             while fit(run):  # the guard took a cut back
                 accelerator.free_memory()
@@ -180,13 +187,51 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         stop_tracking(accelerator, config)
 
 
-def make_teachers(config: Config, detectors: dict[str, Detector], accelerator: Accelerator) -> dict[str, Teacher]:
+def make_teachers(
+    config: Config,
+    detectors: dict[str, Detector],
+    accelerator: Accelerator,
+    folder: RunFolder | None,
+    data: build.Data,
+    report: Report,
+) -> dict[str, Teacher]:
     """Freezes detectors, each on this process's device."""
-    settings = config.all_teachers
-    return {
-        name: Teacher(detector, accelerator.device, settings[name].precision, settings[name].shard)
-        for name, detector in detectors.items()
-    }
+    teachers, device = {}, accelerator.device
+    for name, detector in detectors.items():
+        settings, key = config.all_teachers[name], f"{config.teacher_key(name)}.precision"
+        way = recorded(key, settings.precision, None)
+        if settings.precision == "auto":
+
+            def attempt(detector: Detector = detector) -> dict[Way, Trial]:
+                return try_teacher(detector, device, data.sample(device).images)
+
+            way = settle(key, attempt, folder, accelerator, report)
+        teachers[name] = Teacher(detector, device, way.precision, settings.shard, compile_options(), way.channels_last)
+    return teachers
+
+
+def settle_student(
+    config: Config,
+    unit: Distiller,
+    teachers: dict[str, Teacher],
+    accelerator: Accelerator,
+    folder: RunFolder | None,
+    data: build.Data,
+    report: Report,
+) -> Way:
+    """What the student is trained in, apart from Accelerate's mixed precision."""
+    if config.train.precision is None:
+        return Way()
+    if accelerator.mixed_precision != "no":
+        raise UserError(
+            f"train.precision: auto chooses by itself, but Accelerate's settings say {accelerator.mixed_precision}; "
+            "leave out one of them"
+        )
+
+    def attempt() -> dict[Way, Trial]:
+        return try_student(unit.to(accelerator.device), teachers, accelerator.device, data.sample(accelerator.device))
+
+    return settle("train.precision", attempt, folder, accelerator, report)
 
 
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -217,7 +262,8 @@ def fit(run: Run) -> bool:
     """
     config, unit, teachers, accelerator, report = run.config, run.unit, run.teachers, run.accelerator, run.report
     settings, epochs, image_size = config.train.optimizer, config.train.epochs, config.data.image_size
-    student = unit.to(accelerator.device, memory_format=torch.channels_last).student
+    student = unit.to(accelerator.device, memory_format=run.way.memory_format).student
+    unit.run_as(run.way.precision, run.way.memory_format)
     resumes = bool(find_checkpoints(run.folder.checkpoints))
     if config.inherit and not resumes:
         taken = inherit(student, next(iter(teachers.values())).detector, config.inherit)
@@ -227,7 +273,7 @@ def fit(run: Run) -> bool:
     ema = EMA(student, settings.ema) if settings.ema else None
     kept = ema.module if ema else student  # the weights that are evaluated and saved
     for name in config.teachers_itself("ema"):
-        teachers[name].detector = kept
+        teachers[name].follow(kept)
     unit.bind({name: teacher.detector for name, teacher in teachers.items()})
     progress = Progress(uncut_macs=count_macs(student, image_size), processes=accelerator.num_processes)
     earlier = len(student.plans)
@@ -246,8 +292,7 @@ def fit(run: Run) -> bool:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
     surgery = Surgery(run, ema, optimizer, progress)
-    still = [teacher for name, teacher in teachers.items() if config.all_teachers[name].itself != "ema"]
-    compile_parts([student, *(teacher.detector for teacher in still if not teacher.sharded)])
+    compile_parts([student])
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
@@ -358,6 +403,15 @@ def fit(run: Run) -> bool:
     finish(run, kept, evaluate_test, before, earlier, [name for name in compared if name in teacher_aps])
     album.update(kept, last=True)
     return False
+
+
+def keep_published(config: Config, detectors: dict[str, Detector], folder: RunFolder, accelerator: Accelerator) -> None:
+    """Puts teachers that are as their published weights are into the run folder."""
+    for name, teacher in config.all_teachers.items():
+        if teacher.as_its_weights_are and accelerator.is_main_process:
+            detector = detectors[name].detector if teacher.image_size else detectors[name]
+            info = {"image_size": list(teacher.image_size or config.data.image_size), "resize": config.data.resize}
+            students.save(detector, folder.teacher(name), info)
 
 
 def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:

@@ -28,6 +28,7 @@ from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.footprint import blank, estimate, fastest, human_bytes, human_seconds
 from distill.optimization import build_optimizer
+from distill.precision import recorded
 from distill.schema import Config
 from teachers import Teacher
 
@@ -37,7 +38,8 @@ def build_all(config: Config, class_names: list[str], device: torch.device) -> t
     student = build.build_student(config, class_names)
     detectors = build.build_teachers(config, class_names, student)
     unit = build.build_unit(config, student, detectors)
-    return unit, {name: Teacher(one, device, config.all_teachers[name].precision) for name, one in detectors.items()}
+    ways = {name: recorded("", config.all_teachers[name].precision, None) for name in detectors}
+    return unit, {name: Teacher(one, device, ways[name].precision) for name, one in detectors.items()}
 
 
 def measure(config: Config, class_names: list[str], steps: int) -> dict[str, float]:

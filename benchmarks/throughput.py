@@ -37,7 +37,7 @@ from distill.data import Batch, set_epoch
 from distill.ema import EMA
 from distill.errors import exit_status
 from distill.evaluation import DetectionEvaluator, run_evaluation
-from distill.footprint import human_bytes, human_seconds, weights_of
+from distill.footprint import human_bytes, human_seconds
 from distill.optimization import build_optimizer
 from distill.report import Report
 from distill.schema import Config
@@ -143,7 +143,7 @@ def compare(args: argparse.Namespace) -> None:
     settings |= {"workers": config.data.workers, "batch_size": config.data.batch_size}
     cached = arms["cached"].caches
     disk = {"bytes": sum(cache.records * cache.record_bytes for cache in cached.values()), "filling": filled}
-    held = sum(weights_of(teacher) for teacher in arms["online"].teachers.values())
+    held = sum(teacher.bytes_held for teacher in arms["online"].teachers.values())
     others = {"evaluation": evaluated, "cache": disk, "teacher_bytes": held}
     (args.output / "throughput.json").write_text(json.dumps({**machine, **settings, **others, "arms": found}, indent=2))
     rows = [

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import students
 from distill.combiner import Combiner, WeightSchedule
 from distill.data import (
+    Batch,
     DetectionDataset,
     DetectionIndex,
     MixedDataset,
@@ -29,6 +30,7 @@ from distill.pruning.blocks import BlockPruner
 from distill.pruning.guard import CutGuard
 from distill.pruning.masks import Masks
 from distill.pruning.pruner import Pruner
+from distill.pruning.recalibrate import calibration_batches
 from distill.pruning.sensitivity import read_curves
 from distill.pruning.sparsity import SparsityPenalty
 from distill.schema import ArtifactConfig, Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig, TimedSection
@@ -61,6 +63,11 @@ class Data:
     val: Split
     test: Split
     unlabelled: DetectionIndex | None = None
+
+    def sample(self, device: torch.device) -> Batch:
+        """A batch of training images, the same on every call and rank."""
+        loader = self.train.loader
+        return next(calibration_batches(loader.dataset, loader.batch_sampler.batch_size, device, 1))
 
     @property
     def class_names(self) -> list[str]:
@@ -136,6 +143,15 @@ def build_detector(config: DetectorConfig, class_names: list[str], image_size: t
     return detector
 
 
+def require_learner(detector: Detector, role: str) -> None:
+    """Raises a UserError if a detector that is to be trained has no loss."""
+    if not detector.learns:
+        raise UserError(
+            f"{role}: {detector.title} has no loss here, so it can only teach; name it as teacher.detector, with its "
+            "weights and without train, or choose another student"
+        )
+
+
 def check_image_size(detector: Detector, image_size: tuple[int, int], role: str) -> None:
     """Raises a UserError if a detector cannot look at images of a size, such as a transformer of fixed input size."""
     try:
@@ -154,6 +170,7 @@ def build_student(config: Config, class_names: list[str]) -> Detector:
     settings = config.student
     if not isinstance(settings, ArtifactConfig):
         student = build_detector(settings, class_names, config.data.image_size, "student")
+        require_learner(student, "student")
         if config.widths_of:
             try:
                 students.narrow(student, config.widths_of)
@@ -173,12 +190,14 @@ def build_student(config: Config, class_names: list[str]) -> Detector:
                 f"student.path: {settings.path} does not know {_some([class_names[x] for x in student.unknown])}; name "
                 "them in student.class_map, or say student.new_head=true to start its class layers anew"
             )
+    require_learner(student, "student")
     check_image_size(student, config.data.image_size, "student")
     return student.train()
 
 
 def build_teachers(config: Config, class_names: list[str], student: Detector) -> dict[str, Detector]:
-    """The teachers: loaded where the settings give a path, else untrained, to be trained or just to be looked at.
+    """The teachers: loaded where the settings give a path, or filled from published weights, else untrained, to be
+    trained or just to be looked at.
 
     One that is the student itself is a copy of it so far.
     """
@@ -194,6 +213,13 @@ def build_teachers(config: Config, class_names: list[str], student: Detector) ->
         else:
             image_size = teacher.image_size or config.data.image_size
             detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
+            if teacher.trained_first:
+                require_learner(detector, f"{key}.detector")
+            elif detector.only_backbone:
+                raise UserError(
+                    f"{key}.detector.weights: {teacher.detector.weights} is a backbone's, so {detector.title} detects "
+                    f"nothing yet; give {key}.train to train it first, or the weights of a whole detector"
+                )
         teachers[name] = at_own_size(detector, teacher, config.data)
     return teachers
 

@@ -34,6 +34,7 @@ def catalog() -> dict[str, list[str]]:
         "teachers (teacher)": [
             "path  the folder of a detector",
             "detector, train  one that is trained first",
+            "detector  one that is as its published weights are",
             "features  any timm model, for losses over features and attention",
             "original  the student before its first cut",
             "ema  the student's own average",

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from distill.combiner import Combiner
 from distill.data import ImageMeta
 from distill.terms import KnowledgeTerm, decoded
 from students import DenseOutput, Detector, of_images
-from teachers import Teacher, hide_classes, label_images
+from teachers import PRECISIONS, FeatureOutput, Teacher, hide_classes, label_images, wait_for
 
 Targets = Sequence[dict[str, Tensor] | None]  # as in `Batch.targets`: those of unlabelled images are None and come last
 
@@ -24,11 +25,13 @@ class Lesson(NamedTuple):
         targets: the ground truth, one dict an image. Images without it have what the teacher detects, if one of its
             losses goes by boxes, else nothing.
         unknown: labels that it does not know.
+        stream: of a GPU that its output is still being made on, see `teachers.wait_for`; None where it is there.
     """
 
-    output: DenseOutput
+    output: DenseOutput | FeatureOutput
     targets: Sequence[dict[str, Tensor]]
     unknown: tuple[int, ...] = ()
+    stream: torch.cuda.Stream | None = None
 
 
 class Distiller(nn.Module):
@@ -46,6 +49,8 @@ class Distiller(nn.Module):
 
     Attributes:
         skipped: how often each term was left out so.
+        half: precision that student and losses run in where that is not float32, nor Accelerate's business.
+        memory_format: that images come in.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class Distiller(nn.Module):
         self.taught_by = dict(taught_by) if taught_by else dict.fromkeys(self.terms, "teacher")
         self.score_threshold = score_threshold
         self.skipped: Counter[str] = Counter()
+        self.half: torch.dtype | None = None
+        self.memory_format = torch.channels_last
 
     @torch.no_grad()
     def ask(
@@ -74,7 +81,8 @@ class Distiller(nn.Module):
         targets: Targets,
         metas: Sequence[ImageMeta] | None = None,
     ) -> dict[str, Lesson]:
-        """The lessons of a batch, by teacher; one whose terms all count nothing at present is left in peace.
+        """The lessons of a batch, by teacher; one whose terms all count nothing at present is left in peace, and one
+        that is asked for its pyramid only does not run its head.
 
         Args:
             teachers: by name.
@@ -84,16 +92,21 @@ class Distiller(nn.Module):
         """
         counting = {name: term for name, term in self.terms.items() if self.combiner.weight(name)}
         lessons = {}
+        labelled = count_labelled(targets)
         for name in dict.fromkeys(self.taught_by[term] for term in counting):
-            output, detector = teachers[name](images, metas), teachers[name].detector
-            complete, labelled = targets, count_labelled(targets)
+            teacher = teachers[name]
+            terms = [term for key, term in counting.items() if self.taught_by[key] == name]
+            labels = labelled < len(targets) and any(term.uses_boxes for term in terms)
+            output = teacher.begin(images, labels or any(term.uses_head for term in terms), metas)
+            complete = targets
             if labelled < len(targets):
                 rest = [nothing(images)] * (len(targets) - labelled)
-                if any(term.uses_boxes and self.taught_by[key] == name for key, term in counting.items()):
+                if labels:
+                    wait_for(teacher.stream, output)
                     unlabelled = of_images(output, slice(labelled, None))
-                    rest = label_images(detector, unlabelled, tuple(images.shape[-2:]), self.score_threshold)
+                    rest = label_images(teacher.detector, unlabelled, tuple(images.shape[-2:]), self.score_threshold)
                 complete = [*targets[:labelled], *rest]
-            lessons[name] = Lesson(output, complete, detector.unknown)
+            lessons[name] = Lesson(output, complete, teacher.detector.unknown, teacher.stream)
         return lessons
 
     def forward(
@@ -106,7 +119,9 @@ class Distiller(nn.Module):
             targets: one an image, see `Detector.loss`.
             lessons: what `ask` gave for them; not needed where there are no terms.
         """
-        return self.combiner(*self.losses(images, targets, lessons))
+        images = images.contiguous(memory_format=self.memory_format)
+        with torch.autocast(images.device.type, self.half) if self.half else nullcontext():
+            return self.combiner(*self.losses(images, targets, lessons))
 
     def losses(
         self, images: Tensor, targets: Targets, lessons: Mapping[str, Lesson] | None = None
@@ -114,6 +129,8 @@ class Distiller(nn.Module):
         """The task's loss, each term's, unweighted, and the pyramid they come from; arguments as in `forward`."""
         output, image_size = self.student(images), tuple(images.shape[-2:])
         task = self.task_loss(output, targets)
+        for lesson in (lessons or {}).values():
+            wait_for(lesson.stream, lesson.output)
         terms = {}
         for name, term in self.terms.items():
             value = None
@@ -155,6 +172,16 @@ class Distiller(nn.Module):
         """Tells the terms who teaches, once the teachers are trained and on their device."""
         for name, term in self.terms.items():
             term.bind(self.student, teachers[self.taught_by[name]])
+
+    def run_as(self, precision: str, memory_format: torch.memory_format) -> None:
+        """Says what `forward` runs in; weights are moved by whoever moves the module.
+
+        Args:
+            precision: a key of `teachers.PRECISIONS`; float32 leaves the caller's own autocast as it is.
+            memory_format: of images.
+        """
+        self.half = None if precision == "float32" else PRECISIONS[precision]
+        self.memory_format = memory_format
 
     def silence(self, teachers: Collection[str]) -> None:
         """Lets the terms of some teachers, by name, count nothing; all others count."""

@@ -3,6 +3,7 @@ compiled."""
 
 import gc
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,21 +28,27 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
         raise UserError(problem[0])
 
 
+def compile_options() -> dict[str, Any] | None:
+    """How to compile, for `nn.Module.compile`; None unless Accelerate's settings say so (`dynamo_backend`)."""
+    plugin = TorchDynamoPlugin()
+    return None if plugin.backend == DynamoBackend.NO else plugin.to_kwargs()
+
+
 def compile_parts(detectors: Iterable[Detector]) -> None:
-    """Compiles the parts of detectors in place, if Accelerate's settings say so (`dynamo_backend`).
+    """Compiles the parts of detectors in place, see `compile_options`.
 
     To be called again after a cut, as what was compiled for other shapes counts towards a limit beyond which all is
     eager. The losses are left as they are: how many objects there are, and what counts, changes from step to step.
     """
-    plugin = TorchDynamoPlugin()
-    if plugin.backend == DynamoBackend.NO:
+    options = compile_options()
+    if options is None:
         return
     torch.compiler.reset()
     # what is kept for the pass back must outlast one of them: gradients are measured at the pyramid before the step's
     torch._functorch.config.donated_buffer = False
     for detector in detectors:
         for part in detector.parts:
-            part.compile(**plugin.to_kwargs())
+            part.compile(**options)
 
 
 def release(accelerator: Accelerator, unit: nn.Module) -> None:

@@ -48,7 +48,11 @@ class DeployedDetector(nn.Module):
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
         if type(detector).candidates is Detector.candidates:
-            possible = [name for name, family in FAMILIES.items() if family.candidates is not Detector.candidates]
+            possible = [
+                name
+                for name, family in FAMILIES.items()
+                if getattr(family, "candidates", None) not in (None, Detector.candidates)
+            ]
             raise UserError(
                 f"{detector.title}: a two-stage detector looks at as many boxes as it finds, which a graph of fixed "
                 f"shapes cannot hold; as onnx or pt2 there can be {', '.join(possible)}"

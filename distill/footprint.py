@@ -84,7 +84,7 @@ def estimate(
         "adapters": NUMBER * adapters * copies,
         "optimizer": NUMBER * 2 * number,
         "average": NUMBER * of_student * bool(config.train.optimizer.ema),
-        "teacher": sum(weights_of(teacher) for teacher in teachers.values()),
+        "teacher": sum(teacher.bytes_held for teacher in teachers.values()),
         "its outputs": outputs * batch,
         "activations": kept * scale * batch,
         # backwards, the gradient of one activation comes while what was kept for it is still there
@@ -105,11 +105,6 @@ def estimate(
         "optimizer": MOVED * NUMBER * number / bandwidth(device),
     }
     return Footprint(memory, seconds, {"teacher": forwards, "student": of_student_macs})
-
-
-def weights_of(teacher: Teacher) -> float:
-    """Bytes of a teacher's parameters on this process."""
-    return NUMBER * sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in teacher.detector.parameters())
 
 
 def count_kept(unit: Distiller, teachers: Mapping[str, Teacher], size: tuple[int, int]) -> tuple[float, float, float]:

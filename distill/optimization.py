@@ -2,12 +2,18 @@
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+FUSED = ("cpu", "cuda")  # kinds of devices with a fused kernel
 
 
 def build_optimizer(module: nn.Module, lr: float, backbone_lr: float, weight_decay: float) -> AdamW:
     """AdamW over all parameters; norms and biases (one dimension or none) do not decay.
+
+    PyTorch's fused kernel, where there is one: on a CPU it takes a quarter of the time, and on a GPU it waits for
+    nothing. It goes through a parameter, its gradient and its averages in the order that each lies in memory.
 
     Args:
         module: what to train; parameters below a module called `backbone` get their own rate.
@@ -22,12 +28,36 @@ def build_optimizer(module: nn.Module, lr: float, backbone_lr: float, weight_dec
             # torchvision keeps the pyramid in its backbones; it is new, as other necks are
             backbone = "backbone" in parts and "fpn" not in parts
             groups.setdefault((backbone, parameter.dim() > 1), []).append(parameter)
-    return AdamW(
+    fused = all(p.device.type in FUSED for parameters in groups.values() for p in parameters)
+    optimizer = AdamW(
         [
             {"params": p, "lr": lr * (backbone_lr if backbone else 1), "weight_decay": weight_decay if decays else 0.0}
             for (backbone, decays), p in groups.items()
-        ]
+        ],
+        fused=fused,
     )
+    optimizer.register_step_pre_hook(align)
+    return optimizer
+
+
+@torch.no_grad()
+def align(optimizer: Optimizer, *arguments: object) -> None:
+    """Lays gradients and averages out in memory as their parameters are, where a cut or a checkpoint has undone it."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and not lie_alike(p.grad, p):
+                p.grad = torch.empty_like(p).copy_(p.grad)
+            state = optimizer.state.get(p, {})
+            for name, value in state.items():
+                if value.shape == p.shape and not lie_alike(value, p):
+                    state[name] = torch.empty_like(p).copy_(value)
+
+
+def lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    if one.stride() == other.stride():
+        return True
+    return all(a == b for a, b, size in zip(one.stride(), other.stride(), one.shape) if size > 1)
 
 
 def rate_at(step: int, total: int, warmup: int, final: float, cut_step: int | None = None, rewarm: int = 0) -> float:

@@ -10,6 +10,7 @@ from distill.build import Data
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.interruption import Interruption
+from distill.precision import Way
 from distill.pruning.blocks import BlockPruner
 from distill.pruning.guard import CutGuard
 from distill.pruning.masks import Masks
@@ -31,6 +32,7 @@ class Run:
         teachers: by name; none in plain training.
         guard: of the cuts.
         role: of the detector that is trained: student or teacher.
+        way: that its passes run in; Accelerate's mixed precision comes on top.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Run:
     accelerator: Accelerator
     interruption: Interruption
     role: str
+    way: Way
 
     def calibration_images(self) -> Iterator[Tensor]:
         """As many of them as statistics of channels take."""

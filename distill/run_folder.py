@@ -25,14 +25,15 @@ from distill.schema import TEACHER
 
 CONFIG, RESULTS, SUMMARY, LOG = "config.yaml", "results.csv", "summary.json", "train.log"
 CHECKPOINTS, STUDENT, TEACHERS, FAILURE = "checkpoints", "student", "teachers", "failure.json"
-PRUNING, BEST, LOCK = "pruning.json", "best", ".lock"
+PRUNING, PRECISION, BEST, LOCK = "pruning.json", "precision.json", "best", ".lock"
 PICTURES, REPORT, CARD, TRACKING = "pictures", "report.html", "README.md", "tracking"
 # run folders of their own, where a run trains its teacher, or several, first
 TEACHER_RUN, TEACHER_RUNS = "teacher_run", "teacher_runs"
 OF_TEACHERS = (TEACHER, TEACHERS, TEACHER_RUN, TEACHER_RUNS)
 # what overwriting removes, in this order; the config goes last, by being replaced: a folder is a run while it has one
 REMOVED = (
-    SUMMARY, RESULTS, LOG, FAILURE, PRUNING, CHECKPOINTS, PICTURES, REPORT, CARD, TRACKING, STUDENT, *OF_TEACHERS
+    SUMMARY, RESULTS, LOG, FAILURE, PRUNING, PRECISION, CHECKPOINTS, PICTURES, REPORT, CARD, TRACKING, STUDENT,
+    *OF_TEACHERS
 )  # fmt: skip
 
 # Other toolkits write config.yaml and checkpoints/ too. Only a folder whose config begins so may ever be overwritten.
@@ -242,6 +243,16 @@ class RunFolder:
     def pruning(self) -> dict[str, Any] | None:
         """What `write_pruning` wrote, or None where nothing is pruned."""
         return json.loads(self.pruning_file.read_text(encoding="utf-8")) if self.pruning_file.is_file() else None
+
+    @property
+    def precisions(self) -> dict[str, Any]:
+        """What was chosen where a setting says auto, by the setting."""
+        file = self.path / PRECISION
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def write_precision(self, key: str, choice: Mapping[str, Any]) -> None:
+        """Adds a choice to `precisions`."""
+        write_file(self.path / PRECISION, to_json(self.precisions | {key: dict(choice)}))
 
     def append_result(self, row: Mapping[str, float | int | str | None]) -> None:
         """Adds the row of an epoch to the results; a column that is new stays empty in the rows before it.

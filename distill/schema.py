@@ -112,6 +112,25 @@ class YOLOv5Config(Section):
     new_head: bool = False  # start the class layers anew, whatever the weights know
 
 
+class ZooConfig(Section):
+    """Detectors of libreyolo, of the extra [zoo]."""
+
+    name: Literal["yolox", "yolov9", "dfine"]
+    size: str = "s"
+    weights: str = "none"
+    new_head: bool = False  # start the class layers anew, whatever the weights know
+
+
+class AdapterConfig(Section):
+    """A detector of the user's own, see docs/adapters.md."""
+
+    name: Literal["adapter"]
+    code: str  # its class, as package.module:Class
+    arguments: dict[str, Any] = {}
+    weights: str = "none"
+    new_head: bool = False  # start the class layers anew, whatever the weights know
+
+
 class ArtifactConfig(Section):
     """A detector that is there already, cuts included: the student of a run, or a trained detector that is to be cut.
 
@@ -153,6 +172,8 @@ DETECTORS: tuple[type[Section], ...] = (
     SSDConfig,
     YOLOv5Config,
     YOLOConfig,
+    ZooConfig,
+    AdapterConfig,
 )
 DetectorConfig = Annotated[
     Union[(*DETECTORS, ArtifactConfig)],
@@ -588,6 +609,7 @@ class TrainConfig(Section):
     """How long, and with which optimizer."""
 
     epochs: Count = 12
+    precision: Literal["auto"] | None = None  # auto: see distill.precision; null: as Accelerate's own settings say
     optimizer: OptimizerConfig = OptimizerConfig()
     save_minutes: Positive | None = 15.0  # between two checkpoints within an epoch; null: only whole epochs are kept
 
@@ -599,9 +621,15 @@ class FeaturesConfig(Section):
     weights: str = "imagenet"  # what timm's hub has for that name, trained on whatever; or the path of a file
 
 
+def _is_trained(detector: DetectorConfig) -> bool:
+    """Whether its weights are those of a whole detector, as far as its settings tell."""
+    known = detector.weights not in ("none", "imagenet") and detector.name != "dense"
+    return known and not detector.new_head
+
+
 class TeacherConfig(Section):
-    """A detector folder (`path`), a network that gives features only, the student itself, or a detector to train first
-    (`detector` and `train`), which the others win over. `teacher: original` is short for `teacher: {itself: original}`.
+    """A detector folder (`path`), a network that gives features only, the student itself, or a `detector`: to `train`
+    first, or as its weights are. The others win over it; `teacher: original` is short for `{itself: original}`.
     """
 
     path: str | None = None
@@ -609,7 +637,7 @@ class TeacherConfig(Section):
     # the student as it was before the first cut of this run, or its own average as it stands (Mean Teacher, 1703.01780)
     itself: Literal["original", "ema"] | None = None
     class_map: dict[str, str | None] = {}  # the student's name for a class of its own, or null to leave that class out
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"  # auto: see distill.precision
     image_size: ImageSize | None = None  # the student's images are resized to it; data.image_size if null
     cache: str | None = None  # a folder for what it says of each view (data.augment.views): asked once, then remembered
     shard: bool = False  # keep a part of its backbone's weights on each process, for one that no device can hold
@@ -619,6 +647,16 @@ class TeacherConfig(Section):
     @property
     def trained_first(self) -> bool:
         """Whether the run has to train it."""
+        return self.train is not None and self.is_built
+
+    @property
+    def as_its_weights_are(self) -> bool:
+        """Whether it is built from published weights, and taught already."""
+        return self.train is None and self.is_built
+
+    @property
+    def is_built(self) -> bool:
+        """Whether it is one or the other of these."""
         return self.path is None and self.features is None and self.itself is None
 
     @model_validator(mode="before")
@@ -640,14 +678,24 @@ class TeacherConfig(Section):
                 f"detector is one to train first; of one that is trained already give the path itself: path: "
                 f"{self.detector.path}"
             )
-        if self.trained_first and (self.detector is None or self.train is None):
+        if self.is_built and self.detector is None:
             raise ValueError(
-                "give path, the folder of a trained detector, or both detector and train to train it first; or "
-                "features of a timm network; or say original or ema for the student itself"
+                "give path, the folder of a trained detector, or detector, with train to train it first; or features "
+                "of a timm network; or say original or ema for the student itself"
+            )
+        if self.as_its_weights_are and not _is_trained(self.detector):
+            raise ValueError(
+                f"train is missing, and {self.detector.name} with weights: {self.detector.weights} detects nothing "
+                "yet; give train to train it first, or the weights of a whole detector of this family"
             )
         if self.cache and (self.itself or self.shard):
             found = "is the student itself, which changes" if self.itself else "is sharded, and asked by all processes"
             raise ValueError(f"cache: the teacher {found}, so what it says cannot be kept; leave cache out")
+        if self.precision == "auto" and (self.shard or self.cache):
+            way = "tries a teacher as a whole, and shard is for one that fits no device"
+            if self.cache:
+                way = "may choose otherwise in the next run, and cache is for what a teacher says in one precision"
+            raise ValueError(f"precision: auto {way}; say which it is")
         if self.class_map and self.path is None:
             raise ValueError("class_map is for a teacher from a path; any other has the data's classes")
         return self

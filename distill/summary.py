@@ -54,6 +54,7 @@ def banner_rows(
         settings = config.all_teachers[name]
         title = teacher_title(name).capitalize()
         source = settings.path or {"original": ORIGINAL, "ema": AVERAGE}.get(settings.itself, "trained first")
+        source = settings.detector.weights if settings.as_its_weights_are else source
         source = f"{settings.features.weights}; teaches by its features" if settings.features else source
         if settings.image_size:
             source += f", sees {settings.image_size[1]}x{settings.image_size[0]} px"

@@ -1,5 +1,6 @@
 """Detectors that can be trained and pruned: the contract, its parts, its families, and how they are kept on disk."""
 
+from students.adapter import Adapter, DetectedOutput
 from students.artifact import FAMILIES, build, load, narrow, read_info, rebuild, renew_classes, save
 from students.detector import IMPOSSIBLE, DenseOutput, Detections, Detector, of_images
 from students.plan import Plan, apply_plan
@@ -9,7 +10,9 @@ from students.two_stage import RoiOutput, RoiSamples, TwoStageDetector, TwoStage
 __all__ = [
     "FAMILIES",
     "IMPOSSIBLE",
+    "Adapter",
     "DenseOutput",
+    "DetectedOutput",
     "Detections",
     "Detector",
     "Plan",

@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from students.adapter import build_adapted
 from students.dense import DenseDetector
 from students.detector import Detector
 from students.plan import Plan, apply_plan
@@ -23,8 +25,11 @@ from students.torchvision_families.ssd import SSD300Detector, SSDLite320Detector
 from students.yolo.v4 import YOLOv4Detector
 from students.yolo.v5 import YOLOv5Detector
 from students.yolo.v7 import YOLOv7Detector, YOLOv7TinyDetector
+from students.zoo.dfine import DFINEDetector
+from students.zoo.yolov9 import YOLOv9Detector
+from students.zoo.yolox import YOLOXDetector
 
-FAMILIES: dict[str, type[Detector]] = {
+FAMILIES: dict[str, Callable[..., Detector]] = {
     "dense": DenseDetector,
     "fcos": FCOSDetector,
     "retinanet": RetinaNetDetector,
@@ -36,6 +41,10 @@ FAMILIES: dict[str, type[Detector]] = {
     "yolov5": YOLOv5Detector,
     "yolov7": YOLOv7Detector,
     "yolov7_tiny": YOLOv7TinyDetector,
+    "yolox": YOLOXDetector,
+    "yolov9": YOLOv9Detector,
+    "dfine": DFINEDetector,
+    "adapter": build_adapted,
 }
 
 RECIPE, PLANS, WEIGHTS = "detector.json", "plans.json", "model.safetensors"
@@ -110,7 +119,9 @@ def load(folder: str | Path) -> Detector:
         detector.info = content["info"]
         detector.load_state_dict(_load_tensors(folder / WEIGHTS))
     except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own first line says only that something is wrong
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        reason = textwrap.shorten(" ".join(lines[1:3] or lines), 300, placeholder=" ...")
         raise ValueError(f"{folder}: does not hold together ({reason}); was it written by another version?") from error
     return detector.eval()
 

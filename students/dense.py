@@ -67,8 +67,11 @@ class DenseDetector(Detector):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> DenseOutput:
-        features = self.neck(self.backbone((images - self.mean) / self.std))
+        features = self.pyramid(images)
         return DenseOutput(features, *self.head(features))
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.neck(self.backbone((images - self.mean) / self.std))
 
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The head's `classification` and `box`; see `DenseHead.loss` of each."""

@@ -84,6 +84,8 @@ class Detector(nn.Module, ABC):
 
     Attributes:
         detects: whether it tells boxes and classes; some networks only teach, by their features.
+        learns: whether it has a loss; some detectors only teach.
+        scores_locations: whether its head says something of every location of its levels, `class_logits`.
         class_names: the names that labels stand for, in label order.
         recipe: family name and arguments, set by `students.build`; enough to build the uncut detector again.
         plans: the cuts made so far, in order; recipe, plans and tensors are the whole detector.
@@ -91,6 +93,7 @@ class Detector(nn.Module, ABC):
         decoded_fields: of its output, what `decode` goes by.
         anchors: predictions that a dense head makes at each location; 0 for a detector without one.
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
+        only_backbone: whether its first weights are those of its backbone alone, so that it detects nothing yet.
         unknown: labels that it never gives, as it has learnt other classes; see `teachers.speak`.
         settled: arguments that were left to the family, such as what follows from the first weights; they go into the
             recipe, since a saved detector is rebuilt without those.
@@ -99,12 +102,15 @@ class Detector(nn.Module, ABC):
 
     detects: bool = True
     decoded_fields: tuple[str, ...] = ("class_logits", "box_distances")
+    learns: bool = True
+    scores_locations: bool = True
     class_names: list[str]
     recipe: dict[str, Any]
     plans: list[Plan]
     info: dict[str, Any]
     anchors: int = 0
     box_bins: int = 0
+    only_backbone: bool = False
     unknown: tuple[int, ...] = ()
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()
@@ -154,6 +160,10 @@ class Detector(nn.Module, ABC):
         Args:
             images: (B, 3, H, W) RGB in [0, 1]; the detector normalises them for itself.
         """
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The `features` of what `forward` gives, without the head where a family can do without."""
+        return self(images).features
 
     @abstractmethod
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from losses.precision import at_least_float32
 from students.assignment import Objects, assign_by_overlap
 from students.dense_head import DenseHead, Predictions, wanted_scores
 
-# width and height in strides: 4 strides across, at 3 scales an octave and 3 ratios of height to width
+# width and height in strides: 4 strides across, at 3 ratios of height to width and 3 scales an octave; in torchvision's
+# order, so that where its RetinaNet teaches this head, or learns from it, anchors meet their like
 ANCHOR_SIZES = [
-    (4 * 2 ** (n / 3) / ratio**0.5, 4 * 2 ** (n / 3) * ratio**0.5) for n in range(3) for ratio in (0.5, 1, 2)
+    (4 * 2 ** (n / 3) / ratio**0.5, 4 * 2 ** (n / 3) * ratio**0.5) for ratio in (0.5, 1, 2) for n in range(3)
 ]
 LARGEST_GROWTH = math.log(1000 / 16)  # in log scale; a fresh network must not overflow
 

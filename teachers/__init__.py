@@ -3,7 +3,7 @@
 from teachers.cache import CacheError, TeacherCache
 from teachers.classes import hide_classes, speak
 from teachers.features import FeatureOutput, FeatureTeacher
-from teachers.frozen import PRECISIONS, Teacher, freeze
+from teachers.frozen import PRECISIONS, Teacher, freeze, wait_for
 from teachers.inherit import inherit
 from teachers.labels import label_images
 from teachers.scaled import ScaledDetector
@@ -21,4 +21,5 @@ __all__ = [
     "inherit",
     "label_images",
     "speak",
+    "wait_for",
 ]

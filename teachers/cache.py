@@ -66,7 +66,7 @@ class TeacherCache:
         warn: is told once if the disk takes no more; what is missing is then asked of the teacher.
 
     Raises:
-        CacheError: the folder holds something else, or a cache of another key.
+        CacheError: the folder holds something else, or a cache of another key; or what is wanted is no map.
     """
 
     def __init__(
@@ -84,6 +84,9 @@ class TeacherCache:
         wanted = {(_field(output, name), level) for name, level in wanted}
         # what does not go by images is the same for all of them, so it is known already
         levels = [(field, i, x) for field, levels in zip(output._fields, output) for i, x in enumerate(levels)]
+        for name, i, x in levels:
+            if (name, i) in wanted and x.dim() == 3:
+                raise CacheError(f"what its losses go by ({name}) is no map, and only maps are kept; leave cache out")
         wanted = {f"{name} {i}": list(x.shape[1:]) for name, i, x in levels if (name, i) in wanted and x.dim() == 4}
         self._key = json.loads(json.dumps({"version": VERSION, **key, "images": images, "views": views}))
         shapes = self._stored(wanted)

@@ -1,5 +1,6 @@
 """Networks that teach by their feature maps alone: any of timm's, transformers included."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class FeatureTeacher(Detector):
             nothing to teach.
     """
 
-    detects = False
+    detects = learns = scores_locations = False
 
     def __init__(self, backbone: str, weights: str = "imagenet"):
         super().__init__()
@@ -145,10 +146,15 @@ def _create_seeded(
 ) -> nn.Module:
     """The same random weights at every call, but for what `state` fills."""
     overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}} if state else {}
+    teller = logging.getLogger("timm.models._builder")  # lists all names of a file that does not fit
+    level = teller.level
     with torch.random.fork_rng([]):
         torch.manual_seed(2**31 - 5)
         try:
+            teller.setLevel(logging.ERROR)
             return timm.create_model(name, **arguments, **overlay)
         except (RuntimeError, KeyError, ValueError, IndexError, AttributeError) as error:
             reason = " ".join((str(error) or type(error).__name__).split())
             raise ValueError(f"weights: {source} does not fit {name} ({reason[:200]})") from None
+        finally:
+            teller.setLevel(level)

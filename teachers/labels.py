@@ -17,7 +17,7 @@ def label_images(
         score_threshold: lower detections are left out.
     """
     targets = []
-    for found in detector.decode(output, [image_size] * len(output.class_logits[0])):
+    for found in detector.decode(output, [image_size] * len(output.features[0])):
         keep = found.scores >= score_threshold
         targets.append({"boxes": found.boxes[keep], "labels": found.labels[keep], "scores": found.scores[keep]})
     return targets

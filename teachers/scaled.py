@@ -25,7 +25,8 @@ class ScaledDetector(Detector):
         super().__init__()
         self.detector, self.scale = detector, scale
         self.anchors, self.box_bins, self.unknown = detector.anchors, detector.box_bins, detector.unknown
-        self.notes, self.detects, self.decoded_fields = detector.notes, detector.detects, detector.decoded_fields
+        self.notes, self.detects, self.learns = detector.notes, detector.detects, detector.learns
+        self.scores_locations, self.decoded_fields = detector.scores_locations, detector.decoded_fields
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for is the detector's: its classes, its recipe, its parts."""
@@ -35,9 +36,10 @@ class ScaledDetector(Detector):
             return getattr(super().__getattr__("detector"), name)
 
     def forward(self, images: Tensor) -> DenseOutput:
-        size = self._scaled(tuple(images.shape[-2:]))
-        resized = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=self.scale < 1)
-        return self.detector(resized)
+        return self.detector(self._resized(images))
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.detector.pyramid(self._resized(images))
 
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.detector.loss(output, [target | {"boxes": target["boxes"] * self.scale} for target in targets])
@@ -67,6 +69,10 @@ class ScaledDetector(Detector):
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.detector.normalization
+
+    def _resized(self, images: Tensor) -> Tensor:
+        size = self._scaled(tuple(images.shape[-2:]))
+        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=self.scale < 1)
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         return round(size[0] * self.scale), round(size[1] * self.scale)

@@ -149,7 +149,9 @@ def test_a_sharded_teacher_says_the_same(start, settings, build_tiny, on_process
         accelerator = train.Accelerator()
         whole, part = build_tiny(channels=24), Teacher(build_tiny(channels=24), accelerator.device, shard=True)
         held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in part.detector.backbone.parameters())
-        alike = all(torch.equal(*maps) for maps in zip(whole.eval()(images).features, part(images).features))
+        alike = all(
+            torch.allclose(*maps, atol=1e-5) for maps in zip(whole.eval()(images).features, part(images).features)
+        )
         return held, alike, start("run")
 
     ended = on_processes(2, shard_and_start)

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import students
-from benchmarks import coco_size, importance, losses, recovery, throughput
+from benchmarks import coco_size, importance, losses, recovery, step_cost, throughput
 from benchmarks.arms import interval, markdown, replace_section
 from distill.data import Batch, open_index
 from distill.data.shapes import CLASSES
@@ -145,3 +145,51 @@ def test_a_teacher_that_is_remembered_is_not_asked(settings, build_tiny, tmp_pat
     assert plain["memory"] < min(online["memory"], cached["memory"])
     # 8 images, 84 cells of P3 to P5, each with 24 channels, 8 classes, 4 distances
     assert found["cache"]["bytes"] == 8 * 84 * (24 + 8 + 4) * 2
+
+
+def test_bars_are_judged_round_by_round():
+    """A round in which the machine was busy, here the last, has a ratio as any other has."""
+    seconds = {"plain": [1.0, 2.0, 9.0], "+ fast teacher": [1.2, 2.4, 10.8], "distilled": [1.26, 2.52, 11.34]}
+    seconds |= {"plain_mimic": [1.5, 3.0, 4.0], "peer": [2.0, 4.0, 1.0]}
+    shares = {arm: [a / b for a, b in zip(taken, seconds["plain"])] for arm, taken in seconds.items()}
+    found = list(step_cost.judge(seconds, shares, {"plain": 100, "distilled": 170}, weights=50).values())
+    assert [value for value, _ in found] == pytest.approx([0.05, 1.26, 1.2, 0.75])
+    assert [most for _, most in found] == [0.05, 1.35, 1.15, 1.0]
+    assert step_cost.bar_row("it", (0.05, 0.05))[-1] == "met" and step_cost.bar_row("it", (1.2, 1.15))[-1] == "not met"
+
+
+def test_all_arms_of_a_step_train_the_student_and_not_the_teacher():
+    config = step_cost.load("configs/quickstart.yaml data.image_size=64 data.batch_size=2")
+    arms, refused = step_cost.build_arms(config, ["plain_mimic", "ld"], torch.device("cpu"))
+    assert refused == ["ld"]  # its heads have no distributions
+    expected = {"plain", "+ teacher", "+ fast teacher", "distilled", "plain_mimic", "peer"}
+    assert set(arms) == {*expected, "peer, channels_last"}
+    taken = step_cost.take_turns(arms, 1, torch.device("cpu"))
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in taken.values())
+    parts = step_cost.time_parts(config, torch.device("cpu"), repeats=1)
+    assert {"teacher", "student, forward", "loss: feature_mimic", "backward", "AdamW", "bookkeeping"} <= set(parts)
+
+
+def test_the_peer_has_the_loss_that_it_is_compared_by(build_tiny, images, targets):
+    student, detector = build_tiny(), build_tiny(seed=1, channels=24)
+    learner, expert = step_cost.PeerStudent(student, detector.feature_channels), step_cost.PeerTeacher(detector.eval())
+    term = losses.TERMS["plain_mimic"](student, detector)
+    unit = Distiller(student, {"mimic": term}).train()
+    for adapter, own in zip(learner.adapters, term.adapters.values()):
+        own.load_state_dict(adapter.state_dict())
+    loss, _ = unit(images, targets, unit.ask({"teacher": losses.Teacher(detector)}, images, targets))
+    loss.backward()
+    ours = [p.grad.clone() for p in student.parameters()]
+    unit.zero_grad()
+    found = {}
+    for n, (adapter, level) in enumerate(zip(learner.adapters, expert.levels)):
+        adapter.register_forward_hook(lambda module, inputs, output, n=n: found.update({("ours", n): output}))
+        level.register_forward_hook(lambda module, inputs, output, n=n: found.update({("theirs", n): output}))
+    with torch.no_grad():
+        expert(images)
+    total = sum(learner(images, targets).values())
+    total = total + sum(torch.nn.functional.mse_loss(found["ours", n], found["theirs", n]) for n in range(3))
+    torch.testing.assert_close(total, loss)
+    total.backward()
+    for one, other in zip(ours, (p.grad for p in student.parameters())):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

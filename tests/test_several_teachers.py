@@ -87,7 +87,7 @@ def test_two_teachers_unlabelled_images_a_cut_and_an_interruption(
     assert names == {"teachers/own", "teacher_runs/own"}
     assert {"soft_label", "mask", "strange_label", "strange_boxes"} <= set(results(whole)[0])
     summary = json.loads((whole / "summary.json").read_text())
-    assert list(summary) == ["teachers", "student_before", "student", "split", "epochs"]
+    assert list(summary) == ["teachers", "student_before", "student", "cuts", "split", "epochs"]
     assert list(summary["teachers"]) == ["own", "stranger"]
     assert len(students.load(whole / "student").plans) == 1
 

@@ -13,6 +13,7 @@ from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.optimization import build_optimizer, rate_at, set_rate
+from distill.precision import recorded
 from distill.report import Report
 from distill.run_folder import RunFolder
 from distill.schema import Config
@@ -45,10 +46,11 @@ class FineTuning:
         self.data = build.build_data(config.data.model_copy(update={"classes": list(student.class_names)}), config.seed)
         self.folder = RunFolder(run)
         detectors = build.build_teachers(_with_own_teachers(config, self.folder), self.data.class_names, student)
-        self.teachers = {
-            name: Teacher(detector, self.device, config.all_teachers[name].precision)
-            for name, detector in detectors.items()
-        }
+        self.teachers = {}
+        for name, detector in detectors.items():
+            key = f"{config.teacher_key(name)}.precision"
+            way = recorded(key, config.all_teachers[name].precision, self.folder)
+            self.teachers[name] = Teacher(detector, self.device, way.precision, channels_last=way.channels_last)
 
     def train(self, restrain: Callable[[Detector], Detector], epochs: int, rate: float) -> Detector:
         """Trains a copy of the student under a restraint.
@@ -131,7 +133,7 @@ def _with_own_teachers(config: Config, folder: RunFolder) -> Config:
     """The settings with the paths of the teachers that the run trained first, or kept of its student."""
     paths = {}
     for name, teacher in config.all_teachers.items():
-        if teacher.trained_first or teacher.itself == "original":
+        if teacher.is_built or teacher.itself == "original":
             own = folder.teacher(name)
             if not own.is_dir():
                 key = config.teacher_key(name)

@@ -107,9 +107,10 @@ def _like_heads(student: Detector, teacher: Detector) -> list[DenseHead]:
     heads = [getattr(detector, "head", None) for detector in (student, teacher)]
     ours, theirs = (type(head) for head in heads)
     if ours is not theirs or not issubclass(ours, DenseHead):
+        has, have = (kind.__name__ if issubclass(kind, DenseHead) else "none" for kind in (ours, theirs))
         raise ValueError(
-            "name: cross_kd sends features from one dense head through another of its kind; the student has "
-            f"{ours.__name__}, the teacher {theirs.__name__}; choose pseudo_label, which fits any pair"
+            f"name: cross_kd sends features from one dense head through another of its kind; the student has {has}, "
+            f"the teacher {have}; choose pseudo_label, which fits any pair"
         )
     return heads
 

@@ -24,10 +24,22 @@ class PKDTerm(FeatureTerm):
 
 
 class ScoreWeightedMimicTerm(FeatureTerm):
-    """See `losses.score_weighted_mimic`; the weights are the teacher's highest class scores."""
+    """See `losses.score_weighted_mimic`; the weights are the teacher's highest class scores.
+
+    Raises:
+        ValueError: a teacher that has no such scores.
+    """
 
     fields = ("features", "class_logits")
     uses_head = uses_classes = True
+
+    def __init__(self, student: Detector, teacher: Detector, *arguments, **settings):
+        if not teacher.scores_locations:
+            raise ValueError(
+                f"name: score_weighted_mimic goes by class scores at every location, and the teacher, {teacher.title}, "
+                "tells detections only; choose masked_mimic, which goes by the ground truth's boxes"
+            )
+        super().__init__(student, teacher, *arguments, **settings)
 
     def level_loss(self, level: Level) -> Tensor:
         return score_weighted_mimic(level.student, level.teacher, best_scores(level.teacher_logits))

@@ -38,7 +38,7 @@ class TorchvisionDetector(Detector):
         self.class_names = list(class_names)
         first.load_detector(model, class_layers, unused)
         self.model = model
-        self.notes = first.notes
+        self.notes, self.only_backbone = first.notes, not first.detector
         self._of_classes = tuple(class_layers)
         # buffers, not constants: a saved detector brings along what its weights were trained with
         self.register_buffer("mean", torch.tensor(model.transform.image_mean).view(1, 3, 1, 1))
@@ -49,6 +49,9 @@ class TorchvisionDetector(Detector):
     @abstractmethod
     def head_classes(self) -> int:
         """Classes of the head, the background included."""
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.backbone((images - self.mean) / self.std).values())
 
     @property
     def parts(self) -> tuple[nn.Module, ...]:

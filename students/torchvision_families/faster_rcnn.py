@@ -106,7 +106,7 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
         return torchvision.models.get_model_weights(builder)["COCO_V1"] if builder in there else None
 
     def forward(self, images: Tensor) -> TwoStageOutput:
-        features = tuple(self.model.backbone((images - self.mean) / self.std).values())
+        features = self.pyramid(images)
         objectness, box_deltas = self.model.rpn.head(list(features))
         anchor_boxes = grid_anchors(self.model.rpn.anchor_generator, features, images.shape[-2:])
         return TwoStageOutput(features, tuple(objectness), tuple(box_deltas), anchor_boxes)

@@ -44,7 +44,7 @@ class OneStageDetector(TorchvisionDetector):
     decoded_fields = ("raw_logits", "raw_boxes", "centerness")
 
     def forward(self, images: Tensor) -> AnchorOutput:
-        features = tuple(self.model.backbone((images - self.mean) / self.std).values())
+        features = self.pyramid(images)
         raw_logits, raw_boxes, centerness = self.run_head(features)
         anchor_boxes = self.make_anchors(features, tuple(images.shape[-2:]))
         distances = tuple(self._to_distances(*level) for level in zip(raw_boxes, anchor_boxes, self.strides))

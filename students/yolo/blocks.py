@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.folding import fold_norm
+
 Activation = Callable[[], nn.Module]
 
 
@@ -166,12 +168,6 @@ class PathAggregation(nn.Module):
     def out_channels(self) -> tuple[int, ...]:
         """Channels of each level, read from the live weights."""
         return self.down3.out_channels, self.up4.out_channels, self.up5.out_channels
-
-
-def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what a convolution without bias and a batch norm do in eval mode."""
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
 
 def pool_around(x: Tensor, kernel: int) -> Tensor:

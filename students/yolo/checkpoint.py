@@ -132,6 +132,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         ) from None
     except Exception as error:  # UnpicklingError, KeyError, RuntimeError, EOFError: all mean the same to the user
         raise ValueError(f"weights: {path} is no checkpoint that can be read ({type(error).__name__})") from None
+    beside = content.get("names") if isinstance(content, dict) else None
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and content.get(key) is not None:
             content = content[key]
@@ -139,7 +140,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     tensors = dict(_named_tensors(content))
     if not tensors:
         raise ValueError(f"weights: {path} holds no network and no state dict")
-    names = getattr(content, "names", [])
+    names = getattr(content, "names", beside) or []
     names = list(names.values() if isinstance(names, dict) else names)
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, names
 

@@ -69,10 +69,13 @@ class YOLODetector(Detector):
                 module.eps, module.momentum = norm
 
     def forward(self, images: Tensor) -> YOLOOutput:
-        features = tuple(self.neck(self.backbone(images)))
+        features = self.pyramid(images)
         classes, objectness, distances = map(tuple, self.head(features))
         joint = tuple(map(joint_logits, classes, objectness))
         return YOLOOutput(features, joint, distances, (), classes, objectness)
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.neck(self.backbone(images)))
 
     def loss(self, output: YOLOOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """`classification`, `objectness` and `box`, in the proportions of the original's recipe."""

@@ -105,7 +105,8 @@ def _pairs(predicted: Predicted, objects: Objects, matches: Matches) -> tuple[Ob
 
 def _class_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, C) binary cross-entropy of logits (B, C, K), summed over the classes, where only the label's should be 1."""
-    target = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+    # `one_hot` would make a GPU wait, to see whether all labels are classes
+    target = (labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)).to(logits.dtype)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=-1)
 
 

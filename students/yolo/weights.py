@@ -53,9 +53,7 @@ def load_weights(detector: "YOLODetector", source: str, new_head: bool) -> list[
     """
     if source == "none":
         return []
-    tensors, names = (
-        _read_safetensors(Path(source)) if source.endswith(".safetensors") else read_checkpoint(Path(source))
-    )
+    tensors, names = read_tensors(Path(source))
     layers: dict[int, dict[str, Tensor]] = {}
     strays = {}
     for key, tensor in tensors.items():
@@ -219,7 +217,14 @@ def fill_head(
     return []
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a .safetensors file, or as `read_checkpoint` gives them of any other, and the classes it tells.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return read_checkpoint(path)
     try:
         return load_file(path), []
     except (OSError, SafetensorError) as error:

@@ -153,7 +153,7 @@ def test_overrides_that_are_none(write, override, message):
         ("data.train=null", "data: train is null and there are no unlabelled images; name a split"),
         (
             "teacher.train=null",
-            "teacher: give path, the folder of a trained detector, or both detector and train to train it first",
+            "teacher: train is missing, and dense with weights: none detects nothing yet; give train to train it first",
         ),
         ("pruning.end=0", "pruning: end (0) lies before start (1); cuts go from start to end"),
         ("student.channels=true", "student.channels: input should be a valid integer; found True"),
@@ -247,6 +247,10 @@ def test_overrides_that_are_none(write, override, message):
         (
             "pruning={target: 0.5, epochs: [0], sparsity: {scales: 1}}",
             "pruning: sparsity lasts until the last cut, before epoch 0; cut later, or give sparsity.end",
+        ),
+        (
+            "teacher={path: x, shard: true, precision: auto}",
+            "teacher: precision: auto tries a teacher as a whole, and shard is for one that fits no device",
         ),
         ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, counted from 0, so nothing would be left"),
     ],

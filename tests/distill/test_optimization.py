@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from distill.optimization import build_optimizer, rate_at, set_rate
+from students import Plan, apply_plan
+from students.plan import Cut
 
 
 def rates(**changes):
@@ -80,3 +82,32 @@ def test_a_pyramid_that_torchvision_keeps_in_the_backbone_has_the_whole_rate():
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     found = {name: rates[id(p)] for name, p in module.named_parameters() if name.endswith("weight")}
     assert found == {"backbone.body.weight": 0.1, "backbone.fpn.weight": 1.0}
+
+
+def test_the_fused_kernel_steps_as_the_plain_one_however_tensors_lie_in_memory():
+    """Its CPU version does not look at strides: unaligned, it takes the step of one element for another."""
+    torch.manual_seed(0)
+    ours = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    theirs = nn.Conv2d(4, 6, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, lr=0.1, backbone_lr=1.0, weight_decay=0.02)
+    plain = torch.optim.AdamW([{"params": theirs.weight, "weight_decay": 0.02}], lr=0.1, foreach=False, fused=False)
+    assert optimizer.defaults["fused"]
+
+    def step():
+        gradient = torch.randn_like(theirs.weight)
+        ours.weight.grad, theirs.weight.grad = gradient.contiguous(), gradient.contiguous()
+        optimizer.step()
+        plain.step()
+        torch.testing.assert_close(ours.weight, theirs.weight)
+
+    step()
+    step()
+    cut = Plan((Cut(6, (0, 2, 3, 5), (("weight", 0), ("bias", 0))), Cut(4, (0, 1, 3), (("weight", 1),))))
+    for module, of in ((ours, optimizer), (theirs, plain)):
+        apply_plan([(module, cut)], [of])
+    ours.to(memory_format=torch.channels_last)
+    optimizer.state[ours.weight]["exp_avg"] = optimizer.state[ours.weight]["exp_avg"].contiguous()
+    step()
+    step()
+    assert ours.weight.shape == (4, 3, 3, 3)

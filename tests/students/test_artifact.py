@@ -123,6 +123,9 @@ def test_folders_that_do_not_hold_together(build_tiny, tmp_path):
     whole = (tmp_path / "student/model.safetensors").read_bytes()
     saved("model.safetensors", whole[: len(whole) // 2])
     refuse("student: does not hold together")
+    students.save(build_tiny(channels=24), tmp_path / "wider")
+    saved("model.safetensors", (tmp_path / "wider/model.safetensors").read_bytes())
+    refuse(r"does not hold together \(size mismatch for .*laterals.0.0.weight: .*\[24, 48, 1, 1\].*; was it written")
 
 
 def test_a_new_detector_can_start_as_narrow_as_a_saved_one(build_tiny, images, tmp_path):

@@ -11,7 +11,7 @@ from students.artifact import cut
 from students.dense import HEADS
 from students.locations import flatten_levels, grid_locations, to_boxes, to_distances
 from students.plan import Cut, Plan
-from students.retinanet_head import RetinaNetHead, to_deltas
+from students.retinanet_head import ANCHOR_SIZES, RetinaNetHead, to_deltas
 
 NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
 
@@ -174,11 +174,11 @@ def test_retinanet_reads_deltas_of_its_anchors(build_tiny):
     deltas = torch.zeros(1, 9, 4, 1, 1)
     distances = head.read_boxes(deltas.flatten(1, 2))[0].view(9, 4)
     sizes = (distances[:, :2] + distances[:, 2:]).tolist()
-    assert sizes[1] == pytest.approx([4, 4]) and sizes[4] == pytest.approx([4 * 2 ** (1 / 3)] * 2)
+    assert sizes[3] == pytest.approx([4, 4]) and sizes[4] == pytest.approx([4 * 2 ** (1 / 3)] * 2)
     assert sizes[0] == pytest.approx([4 * 2**0.5, 4 / 2**0.5])  # flat first
-    assert [w * h for w, h in sizes] == pytest.approx([16 * 4 ** (n / 3) for n in (0, 0, 0, 1, 1, 1, 2, 2, 2)])
-    deltas[0, 1, :, 0, 0] = torch.tensor([0.5, -1, math.log(2), 99])  # 2 right, 4 up, 8 wide, as high as may be
-    left, top, right, bottom = head.read_boxes(deltas.flatten(1, 2))[0].view(9, 4)[1].tolist()
+    assert [w * h for w, h in sizes] == pytest.approx([16 * 4 ** (n / 3) for n in (0, 1, 2) * 3])
+    deltas[0, 3, :, 0, 0] = torch.tensor([0.5, -1, math.log(2), 99])  # 2 right, 4 up, 8 wide, as high as may be
+    left, top, right, bottom = head.read_boxes(deltas.flatten(1, 2))[0].view(9, 4)[3].tolist()
     assert (left, right) == pytest.approx((4 - 2, 4 + 2))
     assert (top, bottom) == pytest.approx((125 + 4, 125 - 4))
 
@@ -219,7 +219,7 @@ def test_retinanet_loss_by_hand(build_tiny):
 def test_several_anchors_of_a_location_are_decoded_each(build_tiny):
     detector = build_tiny(head="retinanet", levels=(4,))
     logits, deltas = torch.full((1, 9, 2, 4, 4), -20.0), torch.zeros(1, 9, 4, 4, 4)
-    logits[0, 1, 0, 1, 2] = 3.0  # at (40, 24): 64 pixels across
+    logits[0, 3, 0, 1, 2] = 3.0  # at (40, 24): 64 pixels across
     logits[0, 0, 1, 1, 2] = 2.0  # flat: 64 sqrt(2) = 90.5 by 45.25
     output = DenseOutput((), (logits.flatten(1, 2),), detector.head.read_boxes(deltas.flatten(1, 2)))
     found = detector.decode(output, [(256, 256)])[0]
@@ -239,3 +239,12 @@ def test_a_cut_detector_is_rebuilt(detector, images, tmp_path):
     with torch.no_grad():
         found, wanted = loaded(images), detector.eval()(images)
     assert all(torch.equal(x, y) for levels in zip(found, wanted) for x, y in zip(*levels))
+
+
+def test_anchors_are_torchvisions_in_its_order():
+    """Else scores that a RetinaNet gives one anchor would be taught to another."""
+    model = students.build("retinanet", class_names=["a"], backbone="resnet18", channels=32).model
+    boxes = model.anchor_generator.cell_anchors[0]  # of stride 8, rounded to pixels
+    ours = torch.tensor(ANCHOR_SIZES) * 8
+    torch.testing.assert_close(ours, boxes[:, 2:] - boxes[:, :2], atol=2.5, rtol=0)
+    assert (torch.cdist(ours, boxes[:, 2:] - boxes[:, :2]).argmin(dim=1) == torch.arange(9)).all()

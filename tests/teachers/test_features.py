@@ -42,6 +42,12 @@ def test_patch_tokens_become_a_map_and_two_more(save_weights):
     assert count_macs(teacher, (48, 80)) > 0
 
 
+def test_a_file_of_another_network_is_one_line(save_weights, caplog):
+    with pytest.raises(ValueError, match=r"lacks .* tensors of test_resnet, first 'conv1.0.weight'"):
+        FeatureTeacher("test_resnet", save_weights("test_vit"))
+    assert caplog.records == []  # timm would list all that it does not know
+
+
 @torch.no_grad()
 def test_a_pyramid_gives_its_maps_of_eight_pixels_and_more(save_weights):
     teacher = FeatureTeacher("test_resnet", save_weights("test_resnet")).eval()

@@ -4,6 +4,9 @@ from torchvision.models import WeightsEnum, detection, resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
 import students
+from distill.build import build_teachers
+from distill.config import check_config
+from distill.errors import UserError
 
 SMALL = {"class_names": ["a", "b"], "backbone": "resnet18", "channels": 32}
 
@@ -127,3 +130,17 @@ def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
         build(weights="coco")
     with pytest.raises(ValueError, match="weights: no file nowhere"):
         build(weights="nowhere.pth")
+
+
+def test_a_backbones_weights_do_not_make_a_teacher(settings, tmp_path):
+    file = save(resnet18().state_dict(), tmp_path / "resnet18.pth")
+    detector = {"name": "retinanet", "backbone": "resnet18", "channels": 32, "weights": file}
+    config = check_config(settings | {"teacher": {"detector": detector}}, "here")
+    with pytest.raises(
+        UserError, match=r"^teacher.detector.weights: .*resnet18.pth is a backbone's, so retinanet resn"
+    ):
+        build_teachers(config, ["a", "b"], students.build("retinanet", **SMALL))
+    whole = save(build(class_names=["a", "b"]).model.state_dict(), tmp_path / "whole.pth")
+    config = check_config(settings | {"teacher": {"detector": detector | {"weights": whole}}}, "here")
+    teacher = build_teachers(config, ["a", "b"], students.build("retinanet", **SMALL))["teacher"]
+    assert not teacher.only_backbone

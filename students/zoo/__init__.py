@@ -1,0 +1,1 @@
+"""Detectors of libreyolo (the extra `[zoo]`): its networks and losses behind adapters of ours."""
