@@ -1,0 +1,145 @@
+"""Settings of the knowledge losses, a section a loss."""
+
+from typing import Annotated, ClassVar, Literal, Union
+
+from pydantic import Field
+
+from distill.schema.base import Count, NotNegative, Number, Positive, Section, Share
+
+
+class ScheduleConfig(Section):
+    """Settings of `distill.combiner.WeightSchedule`."""
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    final: Share = 0.0
+    warmup_epochs: NotNegative = 0.0
+    stop_epoch: Annotated[int, Field(ge=0, strict=True)] | None = None
+
+
+class TermConfig(Section):
+    """What every knowledge term has; the other settings of each are those of its class in `distill.terms`.
+
+    A weight that is left out is 1, or where the loss is a sum over locations what its authors give it. With balance:
+    gradient, a weight is the share of the task's gradient, and 1 if left out.
+    """
+
+    published_weight: ClassVar[float] = 1.0
+
+    teacher: str | None = None  # by name, where there are several
+    weight: NotNegative | None = None
+    schedule: ScheduleConfig = ScheduleConfig()
+    levels: list[str] | None = None  # such as [P3, P4]; all that find a partner if null
+
+
+class DenseSigmoidConfig(TermConfig):
+    name: Literal["dense_sigmoid"]
+    beta: NotNegative = 1.0
+    temperature: Positive = 1.0
+
+
+class BoxMimicConfig(TermConfig):
+    name: Literal["box_mimic"]
+    kind: Literal["giou", "smooth_l1"] = "giou"
+
+
+class CrossKDConfig(TermConfig):
+    name: Literal["cross_kd"]
+    depth: Count | None = None
+    class_weight: NotNegative = 1.0
+    box_weight: NotNegative | None = None  # 1, or 4 where edges are distributions, if null
+
+
+class LDConfig(TermConfig):
+    name: Literal["ld"]
+    temperature: Positive = 10.0
+    region_weight: NotNegative = 1.0
+
+
+class PseudoLabelConfig(TermConfig):
+    name: Literal["pseudo_label"]
+    score_threshold: Share = 0.3
+
+
+class RoiKDConfig(TermConfig):
+    name: Literal["roi_kd"]
+    classes: Literal["kl", "dkd"] = "kl"
+    boxes: Literal["bounded", "smooth_l1", "none"] = "bounded"
+    temperature: Positive = 1.0
+    alpha: NotNegative = 1.0
+    beta: NotNegative = 0.25
+    margin: Number = 0.0
+    class_weight: NotNegative = 1.0
+    box_weight: NotNegative = 0.5
+
+
+class FeatureTermConfig(TermConfig):
+    """A term over maps behind an adapter each."""
+
+    adapter: Literal["conv1", "conv3", "linear", "identity", "select"] = "conv1"  # see distill.terms.adapter
+
+
+class MimicConfig(FeatureTermConfig):
+    name: Literal["plain_mimic", "pkd", "score_weighted_mimic"]
+
+
+class MaskedMimicConfig(FeatureTermConfig):
+    published_weight = 0.01
+
+    name: Literal["masked_mimic"]
+
+
+class CWDConfig(FeatureTermConfig):
+    name: Literal["cwd"]
+    temperature: Positive = 1.0
+
+
+class MGDConfig(FeatureTermConfig):
+    published_weight = 2e-5
+
+    name: Literal["mgd"]
+    mask_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.65
+
+
+class FGDConfig(FeatureTermConfig):
+    """The defaults are the authors' for anchor-free one-stage detectors."""
+
+    name: Literal["fgd"]
+    alpha: NotNegative = 1.6e-3
+    beta: NotNegative = 8e-4
+    gamma: NotNegative = 8e-4
+    lambda_: NotNegative = 8e-6
+    temperature: Positive = 0.8
+
+
+class AttentionTransferConfig(TermConfig):
+    name: Literal["attention_transfer"]
+    match: Literal["levels", "fused"] = "levels"
+
+
+class FGDAttentionConfig(FeatureTermConfig):
+    published_weight = 8e-4
+
+    name: Literal["fgd_attention"]
+    temperature: Positive = 0.5
+
+
+class AttentionGuidedConfig(TermConfig):
+    """The defaults are the authors' for two-stage detectors."""
+
+    name: Literal["attention_guided"]
+    mask_weight: NotNegative = 7e-5
+    pooled_weight: NotNegative = 4e-3
+    relation_weight: NotNegative = 7e-5
+    temperature: Positive = 0.5
+
+
+# by the family that they belong to
+LOSSES: dict[str, tuple[type[TermConfig], ...]] = {
+    "soft labels": (DenseSigmoidConfig, BoxMimicConfig, LDConfig, CrossKDConfig, PseudoLabelConfig, RoiKDConfig),
+    "feature mimic": (MimicConfig, MaskedMimicConfig, CWDConfig, MGDConfig, FGDConfig),
+    "FPN attention": (AttentionTransferConfig, FGDAttentionConfig, AttentionGuidedConfig),
+}
+LossConfig = Annotated[
+    Union[tuple(model for models in LOSSES.values() for model in models)],  # noqa: UP007
+    Field(discriminator="name"),
+]
