@@ -63,7 +63,7 @@ class TeacherCache:
         wanted: (field, level) of all that is read.
         images: how many there are.
         views: of each.
-        warn: is told once if the disk takes no more; what is missing is then asked of the teacher.
+        warn: is told once if no more can be written; what is missing is then asked of the teacher.
 
     Raises:
         CacheError: the folder holds something else, or a cache of another key; or what is wanted is no map.
@@ -122,8 +122,11 @@ class TeacherCache:
     def create(self) -> None:
         """Makes the folder and its files, where they are not there; one process does it for all.
 
+        Where nothing can be written, one that is there is used as it is, and who is told of a full disk is told of
+        what it lacks.
+
         Raises:
-            CacheError: it cannot be written to, and is not complete.
+            CacheError: it is not there and cannot be made.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -135,11 +138,13 @@ class TeacherCache:
                 staged.write_text(self._json)
                 staged.replace(self.folder / KEY)
         except OSError as error:
+            if not (self.folder / KEY).is_file():
+                raise CacheError(f"cannot write to {self.folder} ({error.strerror}); name another folder") from None
             if self.filled < self.records:
-                raise CacheError(
-                    f"cannot write to {self.folder} ({error.strerror}), where {self.filled} of {self.records} records "
-                    "are; name another folder"
-                ) from None
+                self._warn(
+                    f"cache: {self.folder} cannot be written to ({error.strerror}) and has {self.filled} of "
+                    f"{self.records} records; the teacher is asked for the others"
+                )
 
     def open(self) -> None:
         """Is called by every process, once the folder is there."""
@@ -149,7 +154,7 @@ class TeacherCache:
         self._sound = np.zeros(self.records, dtype=bool)  # read before
         try:
             self._files = tuple(path.open("r+b", buffering=0) for path in paths)
-        except OSError:  # it is complete, see `create`
+        except OSError:  # it can only be read, see `create`
             self._files = None
 
     def recall(self, shown: Sequence[Shown], images: Tensor, ask: Callable[[Tensor], NamedTuple]) -> NamedTuple:

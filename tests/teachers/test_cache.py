@@ -224,7 +224,7 @@ def test_folders_that_are_no_caches(make, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CacheError, match="file is a file; name a folder"):
         make(name="file", opened=False)
-    with pytest.raises(CacheError, match=r"cannot write to .*file/bank \(Not a directory\), where 0 of 10 records are"):
+    with pytest.raises(CacheError, match=r"cannot write to .*file/bank \(Not a directory\); name another folder"):
         make(name="file/bank")
 
 
@@ -245,12 +245,12 @@ def test_a_full_disk_costs_no_training(make, pictures):
     assert make().filled == 1 and same(first, make().recall(shown, pictures, say)) and make().filled == 3
 
 
-def test_a_complete_cache_can_be_read_where_nothing_can_be_written(make, pictures, monkeypatch):
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_cache_can_be_read_where_nothing_can_be_written(make, pictures, monkeypatch, missing):
     first = make()
-    for image in range(5):
-        for view in range(2):
-            first.recall([Picture(image, view)], pictures[:1], say)
-    assert first.missing_bytes == 0
+    shown = [Picture(image, view) for image in range(5) for view in range(2)]
+    for one in shown[missing:]:
+        first.recall([one], pictures[:1], say)
     opened = type(first.folder).open
 
     def open_to_read(path, mode="r", *arguments, **more):
@@ -259,6 +259,11 @@ def test_a_complete_cache_can_be_read_where_nothing_can_be_written(make, picture
         return opened(path, mode, *arguments, **more)
 
     monkeypatch.setattr(type(first.folder), "open", open_to_read)
-    assert torch.equal(
-        make().recall([Picture(4, 1)], pictures[:1], refuse).class_logits[0], pictures[:1, :1].half().float()
-    )
+    told = []
+    cache = make(warn=told.append)
+    expected = pictures[:1, :1].half().float()
+    assert torch.equal(cache.recall([Picture(4, 1)], pictures[:1], refuse).class_logits[0], expected)
+    assert [" and has 9 of 10 records; the teacher is asked for the others" in one for one in told] == [True] * missing
+    for _ in range(2 * missing):
+        assert torch.equal(cache.recall(shown[:1], pictures[:1], say).class_logits[0], expected)
+    assert cache.filled == 10 - missing
