@@ -135,6 +135,7 @@ def test_boxes_count_by_the_teachers_score(build_tiny):
 def test_weights_enter_the_sum_and_each_part_is_given(pair, images, targets):
     student, teacher = pair
     unit = Distiller(student, all_terms(student, teacher), weighted(1.0, 2.0, 100.0, 4.0)).eval()
+    images = images.contiguous(memory_format=torch.channels_last)  # as the unit lays them out
     taught = teacher(images)
     total, parts = unit(images, targets, {"teacher": Lesson(taught, targets)})
     output = student(images)

@@ -103,6 +103,7 @@ def test_a_gate_is_as_good_as_the_weights_that_read(build_tiny, images, targets)
 def test_the_teacher_counts_where_knowledge_does(build_tiny, images, targets):
     student, teacher = build_tiny(), build_tiny(seed=1, channels=24)
     unit = Distiller(student, {"attention": AttentionTransferTerm(student, teacher)})
+    unit.to(memory_format=torch.channels_last)
     groups, batch = find_groups(unit, SIZE), Batch(images, targets, [], [])
     frozen = Teacher(teacher, torch.device("cpu"))
 
