@@ -56,7 +56,13 @@ Step = Callable[[], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="a config with its overrides, in one word")
-    parser.add_argument("--losses", nargs="*", choices=TERMS, metavar="LOSS", help="arms of one loss; all that fit")
+    parser.add_argument(
+        "--losses",
+        nargs="*",
+        choices=TERMS,
+        metavar="LOSS",
+        help="arms of one loss; the peer comes with plain_mimic",
+    )
     parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
     parser.add_argument("--output", type=Path, default=Path("runs/step_cost"))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # one arm, in a process of its own
@@ -343,7 +349,7 @@ def judge(
         "losses and bookkeeping, over fast teacher + student step": (median(overheads), BARS["overhead"]),
         "distilled step, of the plain one": (median(shares[OURS]), BARS["online"]),
         "peak memory, of plain training's + the teacher's weights": (
-            (memory[OURS] - weights) / memory[PLAIN],
+            memory[OURS] / (memory[PLAIN] + weights),
             BARS["memory"],
         ),
     }

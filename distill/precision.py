@@ -107,7 +107,7 @@ def try_student(
         passes[way] = step
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type):
-        return try_all(passes, lambda loss, expected: abs(loss - expected) / abs(expected), LOSS, device)
+        return try_all(passes, lambda loss, expected: abs(loss - expected) / (abs(expected) or 1.0), LOSS, device)
 
 
 def try_all(
@@ -145,8 +145,8 @@ def try_all(
                 raise
             taken[way], errors[way] = [float("nan")], float("inf")
             continue
-        expected = result if expected is None else expected
-        errors[way] = distance(result, expected)
+        first, expected = expected is None, result if expected is None else expected
+        errors[way] = 0.0 if first else distance(result, expected)  # a first loss may be NaN, which training names
     hopeful = [way for way in passes if errors[way] <= tolerance]
     began, rounds = time.perf_counter(), 0
     while rounds < 1 or (rounds < ROUNDS and time.perf_counter() - began < SECONDS):

@@ -1,6 +1,7 @@
 """What a teacher says of a fixed bank of views, kept on disk: it is asked once, and then only remembered."""
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -89,7 +90,7 @@ class TeacherCache:
                 raise CacheError(f"what its losses go by ({name}) is no map, and only maps are kept; leave cache out")
         wanted = {f"{name} {i}": list(x.shape[1:]) for name, i, x in levels if (name, i) in wanted and x.dim() == 4}
         self._key = json.loads(json.dumps({"version": VERSION, **key, "images": images, "views": views}))
-        shapes = self._stored(wanted)
+        shapes = self._shapes = self._stored(wanted)
         self._json = json.dumps({**self._key, "parts": shapes}, indent=2) + "\n"
         self._parts, end = {}, 0
         for name, (channels, height, width) in shapes.items():
@@ -126,17 +127,25 @@ class TeacherCache:
         what it lacks.
 
         Raises:
-            CacheError: it is not there and cannot be made.
+            CacheError: it is not there and cannot be made, or another run has made one of its own meanwhile.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / KEY).exists():
+                staged = self.folder / f".{KEY}.{os.getpid()}"
+                staged.write_text(self._json)
+                try:
+                    os.link(staged, self.folder / KEY)
+                except FileExistsError:  # of several runs that start together, one makes it
+                    pass
+                except OSError:  # a file system without links
+                    staged.replace(self.folder / KEY)
+                staged.unlink(missing_ok=True)
+            if self._stored(self._shapes) != self._shapes:
+                raise CacheError(f"{self.folder} was just made by a run of other losses; start this one again")
             for name, size in ((VALUES, self.record_bytes), (INDEX, _ENTRY.itemsize)):
                 with (self.folder / name).open("ab") as file:
                     file.truncate(self.records * size)  # holes, which take no disk
-            if not (self.folder / KEY).exists():  # last: a folder without it is no cache yet
-                staged = self.folder / f".{KEY}"
-                staged.write_text(self._json)
-                staged.replace(self.folder / KEY)
         except OSError as error:
             if not (self.folder / KEY).is_file():
                 raise CacheError(f"cannot write to {self.folder} ({error.strerror}); name another folder") from None
@@ -187,7 +196,8 @@ class TeacherCache:
         if self.folder.exists() and not file.is_file():
             if not self.folder.is_dir():
                 raise CacheError(f"{self.folder} is a file; name a folder")
-            others = {path.name for path in self.folder.iterdir()} - {VALUES, INDEX, f".{KEY}"}
+            others = {path.name for path in self.folder.iterdir() if not path.name.startswith(f".{KEY}")}
+            others -= {VALUES, INDEX}
             if others:
                 raise CacheError(f"{self.folder} holds other files ({min(others)}); name another folder")
         if not file.exists():
@@ -283,5 +293,5 @@ def _checksum(row: np.ndarray) -> int:
 
 def _difference(key: str, before: Any, now: Any) -> str:
     if isinstance(now, str) and len(now) == 64:  # a hash
-        return f"its {key} differ"
+        return f"its {key} {'differ' if key.endswith('s') else 'differs'}"
     return f"{key} {before}, now {now}"

@@ -1,15 +1,23 @@
 """Settings of a run: its teachers, its training, and how all sections fit together."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from distill.schema.base import Count, ImageSize, NotNegative, Positive, Section, Seed, Share
 from distill.schema.data import DataConfig
 from distill.schema.detectors import ArtifactConfig, DetectorConfig
 from distill.schema.losses import LossConfig
 from distill.schema.pruning import PruningConfig, TimedSection
+
+
+def _auto_or_none(value: Any) -> Any:
+    if value not in ("auto", None):
+        raise ValueError(
+            f"found {value}; give auto, or say which to Accelerate: accelerate launch --mixed_precision bf16"
+        )
+    return value
 
 
 class OptimizerConfig(Section):
@@ -39,7 +47,8 @@ class TrainConfig(Section):
     """How long, and with which optimizer."""
 
     epochs: Count = 12
-    precision: Literal["auto"] | None = None  # auto: see distill.precision; null: as Accelerate's own settings say
+    # auto: see distill.precision; null: as Accelerate's own settings say
+    precision: Annotated[Literal["auto"] | None, BeforeValidator(_auto_or_none)] = None
     optimizer: OptimizerConfig = OptimizerConfig()
     save_minutes: Positive | None = 15.0  # between two checkpoints within an epoch; null: only whole epochs are kept
 

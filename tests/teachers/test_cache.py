@@ -267,3 +267,22 @@ def test_a_cache_can_be_read_where_nothing_can_be_written(make, pictures, monkey
     for _ in range(2 * missing):
         assert torch.equal(cache.recall(shown[:1], pictures[:1], say).class_logits[0], expected)
     assert cache.filled == 10 - missing
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"key": KEY | {"seed": 1}}, "bank is of other settings: seed"),
+        ({"wanted": {("class_logits", 0)}}, "other losses"),
+    ],
+)
+def test_of_two_runs_that_start_together_one_makes_the_folder(make, pictures, other, said):
+    first, second, same_again = make(opened=False), make(opened=False, **other), make(opened=False)
+    first.create()
+    first.open()
+    kept = first.recall([Picture(0)], pictures[:1], say)
+    with pytest.raises(CacheError, match=said):
+        second.create()
+    same_again.create()
+    same_again.open()
+    assert same(kept, same_again.recall([Picture(0)], pictures[:1], refuse))
