@@ -276,5 +276,7 @@ def _layers(layers: Sequence[str], longest: int = 26) -> str:
 
 
 def _point(axes: Axes, x: float, y: float, name: str, color: str, marker: str = "o") -> None:
+    """A point with its name above it; where lines leave upwards, as from what is to be cut, to its right."""
     axes.plot(x, y, marker, color=color, markersize=7, zorder=3)
-    axes.annotate(f"{name}\n{y:.3f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    place = {"xytext": (8, 0), "ha": "left", "va": "center"} if color == BEFORE else {"xytext": (0, 6), "ha": "center"}
+    axes.annotate(f"{name}\n{y:.3f}", (x, y), textcoords="offset points", fontsize=8, **place)

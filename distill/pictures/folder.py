@@ -45,7 +45,7 @@ PICTURES = (
     Picture("widths", "Cost", "Channels of coupled layers before any cut and now; the number is what is left."),
     Picture("width_course", "Cost", "Channels left of each group of layers while the run went on."),
     Picture("losses", "Training", "Each loss as it enters the sum, weight included; every one on its own scale."),
-    Picture("rate", "Training", "The learning rate; after each cut it ramps up again."),
+    Picture("rate", "Training", "The learning rate after each epoch; in the first steps after a cut it ramps up."),
     Picture("mosaic", "What they see", "Validation images: the truth, and detections with a score of 0.3 or more."),
     Picture("attention", "What they see", "Where the pyramid is active: the mean of |feature| over the channels."),
     Picture(BATCH, "What they see", "The first training batch as the network gets it, with the boxes it is taught."),

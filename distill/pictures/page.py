@@ -35,7 +35,10 @@ dl { flex: 1 1 22rem; display: grid; align-content: start; gap: .15rem 1rem; mar
   grid-template-columns: max-content 1fr; }
 dt { color: var(--faint); }
 dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; max-width: 100%; }
+/* a shadow at the edge behind which a wide table goes on */
+.scroll { overflow-x: auto; max-width: 100%; background:
+  linear-gradient(to left, var(--ground) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+  radial-gradient(farthest-side at 100% 50%, var(--faint), transparent) 100% 0 / .9rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }

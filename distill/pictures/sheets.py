@@ -9,7 +9,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from distill.data import Batch
 from distill.pictures.scenes import AT_FIRST, STUDENT, Scene
-from distill.pictures.style import MIDDLE_GREY, class_color, colors_tell_apart, new_sheet
+from distill.pictures.style import MIDDLE_GREY, class_color, legend_lines, new_sheet
 
 TITLE = {"fontsize": 13, "color": MIDDLE_GREY, "fontweight": "bold", "loc": "center", "pad": 4}
 MOST_ATTENTION = 3  # images
@@ -86,23 +86,25 @@ def show_boxes(axes: Axes, boxes: np.ndarray, labels: np.ndarray, class_names: S
         # a dark line below the bright one, so that a box shows on any ground
         for edge, width in (("#00000099", 2.4), (color, 1.3)):
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width))
-        if not colors_tell_apart(class_names):
+        if not legend_lines(class_names):
+            inside = y1 < 0.08 * axes.get_ylim()[0]  # above it there is no room
             axes.text(
-                x1, y1, class_names[label], fontsize=6, va="bottom", color="white", clip_on=True,
+                x1, y1, class_names[label], fontsize=6, va="top" if inside else "bottom", color="white", clip_on=True,
                 bbox={"pad": 0.6, "color": "#000000", "alpha": 0.55, "linewidth": 0},
             )  # fmt: skip
 
 
 def _legend_height(class_names: list[str]) -> float:
-    return LEGEND if colors_tell_apart(class_names) else 0.0
+    return LEGEND * legend_lines(class_names)
 
 
 def _name_classes(figure: Figure, class_names: list[str]) -> None:
-    if colors_tell_apart(class_names):
+    lines = legend_lines(class_names)
+    if lines:
         patches = [Patch(facecolor=class_color(i), edgecolor="black", label=n) for i, n in enumerate(class_names)]
         figure.legend(
-            handles=patches, loc="upper center", ncols=len(patches), fontsize=12, labelcolor=MIDDLE_GREY,
-            handlelength=0.9, columnspacing=1.2, borderaxespad=0.1,
+            handles=patches, loc="upper center", ncols=-(-len(patches) // lines), fontsize=12,
+            labelcolor=MIDDLE_GREY, handlelength=0.9, columnspacing=1.2, borderaxespad=0.1,
         )  # fmt: skip
 
 

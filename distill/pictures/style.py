@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, YELLOW = (
 )  # fmt: skip
 STUDENT, TEACHER, BEFORE, CUT = BLUE, VERMILLION, SKY, "#6B7280"
 SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
-CLASSES = (YELLOW, SKY, VERMILLION, GREEN, PURPLE, ORANGE, BLUE)  # bright ones first: these lie on photographs
+CLASSES = (YELLOW, SKY, VERMILLION, GREEN, PURPLE, ORANGE, BLUE, "#FFFFFF")  # bright: these lie on photographs
 MIDDLE_GREY = "#808080"  # legible on white and on black
 
 WIDTH, WIDE = 4.2, 6.4  # inches: a chart, and a sheet of images
@@ -88,13 +88,14 @@ def whole_epochs(axes: Axes, last: int) -> None:
 
 
 def class_color(label: int) -> str:
-    """The colour of a class; there are seven, then they come again."""
+    """The colour of a class; there are eight, then they come again."""
     return CLASSES[label % len(CLASSES)]
 
 
-def colors_tell_apart(class_names: Sequence[str]) -> bool:
-    """Whether each class has a colour of its own, and all names find room on one line."""
-    return len(class_names) <= len(CLASSES) and sum(map(len, class_names)) <= 48
+def legend_lines(class_names: Sequence[str]) -> int:
+    """How many lines the names of the classes take above a sheet; 0 where each cannot have a colour of its own."""
+    lines = -(-sum(map(len, class_names)) // 40)
+    return lines if len(class_names) <= len(CLASSES) and lines <= 2 else 0
 
 
 def to_png(figure: Figure) -> bytes:
