@@ -104,6 +104,7 @@ class ExportedDetector(nn.Module):
         if not self.info:
             raise UserError(f"{file}: was not made by distill.export, so its classes and outputs are unknown")
         self.class_names: list[str] = self.info["class_names"]
+        self.file = file
         self._decoder = [detector]  # in a list, so that its parameters do not count as the file's
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -119,6 +120,11 @@ class ExportedDetector(nn.Module):
     def decode(self, output: tuple[Tensor, ...], image_sizes: list[tuple[int, int]]) -> list[Detections]:
         """Final detections, as `Detector.decode` gives them."""
         if self.info["outputs"] == "raw":
+            if self._decoder[0] is None:
+                raise UserError(
+                    f"{self.file}: gives raw outputs, which nothing here can decode; export it with --outputs boxes or "
+                    "detections"
+                )
             levels = len(output) // 2
             return self._decoder[0].decode(DenseOutput((), output[:levels], output[levels:]), image_sizes)
         if self.info["outputs"] == "boxes":

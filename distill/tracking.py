@@ -68,4 +68,8 @@ def stop_tracking(accelerator: Accelerator, config: Config) -> None:
             tracker.log_images(batches, config.train.epochs, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({name: [picture] for name, picture in pictures.items()}, config.train.epochs)
+        elif tracker.name == "trackio" and pictures:
+            from trackio import Image as TrackedImage  # of an extra
+
+            tracker.log({name: TrackedImage(picture) for name, picture in pictures.items()}, config.train.epochs)
         tracker.finish()

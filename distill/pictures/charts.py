@@ -88,7 +88,7 @@ def draw_rate(course: Course) -> Figure | None:
 
 
 def draw_cost(course: Course) -> Figure | None:
-    """What is left of the student: MACs, parameters, and where it was measured latency."""
+    """What is left of the student: MACs, parameters, and after each cut that was timed latency."""
     if not course.cuts:
         return None
     figure = new_chart()
@@ -103,10 +103,11 @@ def draw_cost(course: Course) -> Figure | None:
             label = f"{name} {human_share(left[-1])}"
             x, y = [course.epochs[0] - 1, *course.epochs], [1.0, *left]
             axes.step(x, y, where="pre", color=color, linestyle=line, label=label)
-    now, uncut = (course.entry(name).get("latency_ms") for name in ("student", "student_before"))
-    if now and uncut:
-        label = f"latency {human_share(now / uncut)}"
-        axes.plot(course.epochs[-1], now / uncut, "D", color=SERIES[2], label=label, clip_on=False, zorder=3)
+    measured, uncut = course.milliseconds, course.entry("student_before").get("latency_ms")
+    points = [(cut.done, measured[cut.macs] / uncut) for cut in course.cuts if uncut and cut.macs in measured]
+    if points:
+        label = f"latency {human_share(points[-1][1])}"
+        axes.plot(*zip(*points), "D", color=SERIES[2], label=label, clip_on=False, zorder=3)
     axes.set_title("Left of the student")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -216,13 +216,18 @@ class Course:
         return points + [(name, cut.macs, cut.ap) for name, cut in zip(names, cuts)]
 
     @property
-    def latencies(self) -> list[tuple[str, float, float | None]]:
-        """The same with milliseconds of one image, as they were measured in the end; empty where they were not.
+    def milliseconds(self) -> dict[int, float]:
+        """What one image took in the end, by the MACs of what was measured: the uncut student, and after each cut.
 
-        The sizes are told apart by their MACs: a cut that took nothing has no point.
+        The sizes are told apart by their MACs: a cut that took nothing has no time.
         """
         stages = [self.entry("student_before"), *((self.summary or {}).get("cuts") or [self.entry("student")])]
-        measured = {stage["macs"]: stage["latency_ms"] for stage in stages if stage.get("latency_ms")}
+        return {stage["macs"]: stage["latency_ms"] for stage in stages if stage.get("latency_ms")}
+
+    @property
+    def latencies(self) -> list[tuple[str, float, float | None]]:
+        """The sizes with their milliseconds in place of MACs, where these were measured."""
+        measured = self.milliseconds
         return [(name, measured[macs], ap) for name, macs, ap in self.sizes if macs in measured]
 
 

@@ -153,6 +153,9 @@ def test_pt2(build_tiny, tmp_path):
         exported = ExportedDetector(file, detector=detector)
         assert_same_detections(detector, exported, pictures(3))
         assert not list(exported.parameters())
+    alone = ExportedDetector(tmp_path / "raw.pt2")
+    with pytest.raises(UserError, match=r"raw.pt2: gives raw outputs, .+ export it with --outputs boxes or detections"):
+        alone.decode(alone(pictures(2)), [SIZE] * 2)
     images = pictures(2).to(memory_format=torch.channels_last)  # as a loader gives them
     assert_same_detections(detector, exported, images)
 

@@ -58,7 +58,7 @@ def test_what_is_left_starts_whole_and_ends_at_the_latency_that_was_measured(fin
     assert line(axes, STUDENT) == ([0, 1, 2, 3, 4, 5], [1.0, 1.0, 1.0, 0.7, 0.5, 0.5])
     assert line(axes, CUT, "--")[1] == [0.5, 0.5]  # the target
     (latency,) = [x for x in axes.lines if x.get_marker() == "D"]
-    assert (latency.get_xdata(), latency.get_ydata()) == ([5], [0.5])  # 5 of 10 ms
+    assert [*zip(latency.get_xdata(), latency.get_ydata())] == [(2, 0.8), (3, 0.5)]  # 8 and 5 of 10 ms, after each cut
 
 
 def test_widths_before_and_after():
