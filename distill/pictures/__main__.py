@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
+
 import students
 from distill.build import evaluation_split
 from distill.config import check_config
@@ -45,7 +47,15 @@ def draw(run: RunFolder) -> None:
             look_at(run)
         except Exception as error:
             print(f"warning: what its detectors see cannot be shown ({first_line(error)})", file=sys.stderr)
-    for problem in draw_run(run):
+    try:
+        problems = draw_run(run)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"{run.config_file}: {where} is no setting of this version ({error.errors()[0]['msg']}); change it there, "
+            "and draw again"
+        ) from None
+    for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     print(f"{run.report_file} and {len(list(run.pictures.glob('*.png')))} pictures in {run.pictures}")
 

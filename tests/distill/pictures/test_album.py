@@ -221,3 +221,9 @@ def test_where_its_data_is_gone_the_rest_is_drawn(finished, settings, student, r
 def test_a_folder_that_is_no_run(tmp_path, redraw):
     status, _, err = redraw(tmp_path)
     assert status == 2 and err.startswith("error: ") and "holds no run: no config.yaml" in err
+
+
+def test_a_setting_of_another_version_is_named(finished, redraw):
+    finished.save_config(finished.config | {"pruning": {"per_macs": True}})
+    status, _, said = redraw(finished.path)
+    assert status == 2 and "config.yaml: per_macs is no setting of this version (Extra inputs" in said.splitlines()[-1]
