@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -41,21 +42,17 @@ def fold_norms(detector: Detector, images: Tensor) -> Detector:
     else:
         _share(deployed, tensors)
     for conv, norm in _find_pairs(deployed, images):
-        weight, bias = fold_norm(deployed.get_submodule(conv), deployed.get_submodule(norm))
         layer = deployed.get_submodule(conv)
-        layer.weight, layer.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
+        layer.weight, layer.bias = (x.requires_grad_(False) for x in fold_norm(layer, deployed.get_submodule(norm)))
         parent, _, leaf = norm.rpartition(".")
         setattr(deployed.get_submodule(parent), leaf, _rest(deployed.get_submodule(norm)))
     return deployed if largest_difference(deployed(images), detector(images)) <= TOLERANCE else detector
 
 
-def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight and bias of the convolution that does what a convolution and a batch norm do in eval mode."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    bias = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    return conv.weight * scale[:, None, None, None], bias
+    statistics = norm.running_mean, norm.running_var, norm.eps
+    return fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
 
 
 def largest_difference(output: NamedTuple, expected: NamedTuple) -> float:
