@@ -1,10 +1,10 @@
 """What each knowledge loss is worth: one student, one budget, each loss alone, combined, and none.
 
-    python benchmarks/losses.py --sets scenes bccd --seeds 3 --bccd PATH
+    python benchmarks/losses.py --sets scenes bccd --seeds 3 --epochs 6 --bccd PATH
 
 Every finished arm is kept under --output, and a second start goes on from there. Losses are balanced by gradient: a
 loss alone pulls as strongly as the task, several each by a weight of its own. Writes --output/losses.json and
-docs/losses.md.
+docs/losses.md, which keep what was compared before on other sets and over other numbers of epochs.
 """
 
 import argparse
@@ -26,11 +26,12 @@ from distill import build
 from distill.config import check_config, override, read_yaml
 from distill.data import Batch
 from distill.optimization import build_optimizer
+from distill.report import counted
 from distill.schema import Config
 from distill.terms import TERMS
 from teachers import Teacher
 
-SCENES = ["data.root=runs/scenes1000", "data.synthetic.train=1000"]
+SCENES = ["data.root=runs/scenes1000", "data.synthetic.train=1000", "data.augment.views=4"]  # kept by teacher.cache
 BCCD = ["data.image_size=[120,160]"]
 GFL = ["student.head=gfl", "teacher.detector.head=gfl"]
 COMBINED = (
@@ -66,16 +67,18 @@ def main() -> None:
     parser.add_argument("--bccd", default="../shared/data/bccd", help="folder of the BCCD data set")
     parser.add_argument("--output", type=Path, default=Path("runs/losses"))
     args = parser.parse_args()
-    results = {}
+    file = args.output / "losses.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
     for name in args.sets:
         _, config, base = SETS[name]
         overrides = base if name == "scenes" else [*base, f"data.root={args.bccd}"]
         arms = [arm for arm in args.arms if fits(arm, name) or arm == "plain"]
-        results[name] = compare(args.output / name, config, overrides, arms, args.seeds, args.epochs)
+        result = compare(args.output / name, config, overrides, arms, args.seeds, args.epochs)
+        results[f"{name}, {args.epochs}"] = result | {"set": name, "epochs": args.epochs, "seeds": args.seeds}
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "losses.json").write_text(json.dumps(results, indent=2) + "\n")
-        (ROOT / "docs" / "losses.md").write_text(document(results, args.seeds, args.epochs))
-        print(table(results[name]))
+        file.write_text(json.dumps(results, indent=2) + "\n")
+        (ROOT / "docs" / "losses.md").write_text(document(list(results.values())))
+        print(table(result))
 
 
 def fits(arm: str, name: str) -> bool:
@@ -86,28 +89,36 @@ def fits(arm: str, name: str) -> bool:
 
 
 def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: int, epochs: int) -> dict[str, Any]:
-    """Trains the teacher and all arms on one data set, and measures a step of each."""
+    """Trains the teacher and all arms on one data set, and measures a step of each.
+
+    Where images are shown in views, the teacher is asked for each once a seed, and all arms go by the same records.
+    """
     folder = folder.resolve()
     as_student = read_yaml(ROOT / config)["teacher"]
     teacher = [setting("student", as_student["detector"]), setting("train", as_student["train"])]
-    taught_by = run_arm(folder / "teacher", config, [*base, *overrides_of("plain", folder), *teacher])["student"]
-    overrides = {arm: [*base, *overrides_of(arm, folder), f"train.epochs={epochs}"] for arm in arms}
+    taught_by = run_arm(folder / "teacher", config, [*base, *overrides_of({}, folder), *teacher])["student"]
+    changes = {arm: [*base, *overrides_of(ARMS[arm], folder), f"train.epochs={epochs}"] for arm in arms}
     entries = {arm: {"ap": [], "ap50": []} for arm in arms}
     for seed in range(seeds):  # a seed of all arms before the next, so that what is done so far can be compared
+        cached = []
+        if any(override.startswith("data.augment.views") for override in base):
+            every = {loss: 1.0 for arm in arms for loss in ARMS[arm]}
+            cached = [f"teacher.cache={folder / f'cache{seed}'}"]
+            run = [*base, *overrides_of(every, folder), "train.epochs=1", f"seed={seed}", *cached]
+            run_arm(folder / "cached" / f"seed{seed}", config, run)  # makes the records that all arms need
         for arm in arms:
-            place = folder / arm.replace(" ", "") / f"seed{seed}"
-            run = run_arm(place, config, [*overrides[arm], f"seed={seed}"])["student"]
+            place = folder / f"{epochs}_epochs" / arm.replace(" ", "") / f"seed{seed}"
+            run = run_arm(place, config, [*changes[arm], f"seed={seed}", *(cached if ARMS[arm] else [])])["student"]
             for key, values in entries[arm].items():
                 values.append(run[key])
-    checked = {arm: check_config(override(read_yaml(ROOT / config), overrides[arm]), config) for arm in arms}
+    checked = {arm: check_config(override(read_yaml(ROOT / config), changes[arm]), config) for arm in arms}
     for arm, cost in measure_steps(checked).items():
         entries[arm] |= cost
     return {"teacher": {key: taught_by[key] for key in ("ap", "ap50")}, "arms": entries}
 
 
-def overrides_of(arm: str, folder: Path) -> list[str]:
+def overrides_of(weights: dict[str, float], folder: Path) -> list[str]:
     """What an arm changes of the recipe."""
-    weights = ARMS[arm]
     if not weights:
         return ["teacher=null", "losses={}", "pruning=null"]
     losses = {name: {"name": name, "weight": weight} for name, weight in weights.items()}
@@ -201,17 +212,21 @@ def table(result: dict[str, Any]) -> str:
     return markdown(["", "AP", "AP50", "gap closed", "time a step", "memory a step"], rows)
 
 
-def document(results: dict[str, Any], seeds: int, epochs: int) -> str:
+def document(results: list[dict[str, Any]]) -> str:
     """docs/losses.md."""
-    text = f"""# What each knowledge loss is worth
+    text = """# What each knowledge loss is worth
 
-Written by `python benchmarks/losses.py --sets {" ".join(results)} --seeds {seeds} --epochs {epochs}`. The same student
-throughout, {epochs} epochs, no cuts. Losses are balanced (`balance: gradient`): one alone pulls as strongly as the task
-(weight 1), several each by the weight that is given. AP in points on the recipe's test split, mean over {seeds} seeds
-and its 95% interval; gap closed is (distilled - plain) / (teacher - plain). Time and memory (what is kept for the
-backward pass) are ratios to plain training.
+The same student throughout, no cuts. Losses are balanced (`balance: gradient`): one alone pulls as strongly as the task
+(weight 1), several each by the weight that is given. AP in points on the recipe's test split, mean over seeds and its
+95% interval; gap closed is (distilled - plain) / (teacher - plain). Time and memory (what is kept for the backward
+pass) are ratios to plain training, the teacher asked anew.
 """
-    return text + "".join(f"\n## {SETS[name][0]}\n\n{table(result)}" for name, result in results.items())
+    for result in results:
+        title, _, _ = SETS[result["set"]]
+        epochs, seeds = counted(result["epochs"], "epoch"), counted(result["seeds"], "seed")
+        options = f"--sets {result['set']} --seeds {result['seeds']} --epochs {result['epochs']}"
+        text += f"\n## {title}, {epochs}\n\n{seeds}; `benchmarks/losses.py {options}`\n\n{table(result)}"
+    return text
 
 
 if __name__ == "__main__":

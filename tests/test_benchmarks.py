@@ -55,7 +55,7 @@ def test_seeds_are_compared_pair_by_pair():
 
 
 def test_losses_go_by_the_weights_that_their_arm_is_named_by(tmp_path):
-    overrides = losses.overrides_of("0.5 cross_kd + 0.5 box_mimic", tmp_path)
+    overrides = losses.overrides_of(losses.ARMS["0.5 cross_kd + 0.5 box_mimic"], tmp_path)
     assert (
         'losses={"cross_kd": {"name": "cross_kd", "weight": 0.5}, "box_mimic": {"name": "box_mimic", "weight": 0.5}}'
         in overrides
@@ -98,20 +98,23 @@ def test_spearman_compares_ranks():
 def test_losses_are_compared_and_finished_arms_kept(settings, tmp_path):
     config = tmp_path / "a.yaml"
     config.write_text(yaml.safe_dump(settings))
-    arms = ["plain", "pkd", "scores + boxes"]
-    result = losses.compare(tmp_path / "out", str(config), [], arms, seeds=2, epochs=1)
+    arms = ["plain", "pkd", "1 dense_sigmoid + 1 box_mimic"]
+    base = ["data.augment.views=2"]
+    result = losses.compare(tmp_path / "out", str(config), base, arms, seeds=2, epochs=1)
     assert list(result["arms"]) == arms
     for entry in result["arms"].values():
         assert len(entry["ap"]) == 2 and entry["seconds"] > 0 and entry["kept_mib"] > 0
     assert result["arms"]["pkd"]["kept_mib"] > result["arms"]["plain"]["kept_mib"]
     table = losses.table(result)
     assert table.count("\n") == 2 + 1 + 3 and "| pkd | " in table
-    assert "## Drawn scenes" in losses.document({"scenes": result}, 2, 1)
+    text = losses.document([result | {"set": "scenes", "epochs": 1, "seeds": 2}])
+    assert "## Drawn scenes" in text and "1 epoch\n" in text and "2 seeds; `benchmarks" in text
 
     summaries = sorted((tmp_path / "out").rglob("summary.json"))
-    assert len(summaries) == 1 + 3 * 2
+    assert len(summaries) == 1 + 2 + 3 * 2
+    assert all((tmp_path / "out" / f"cache{seed}").is_dir() for seed in (0, 1))
     times = [path.stat().st_mtime_ns for path in summaries]
-    again = losses.compare(tmp_path / "out", str(config), [], arms, seeds=2, epochs=1)
+    again = losses.compare(tmp_path / "out", str(config), base, arms, seeds=2, epochs=1)
     assert [path.stat().st_mtime_ns for path in summaries] == times
     assert json.dumps(again["arms"]["pkd"]["ap"]) == json.dumps(result["arms"]["pkd"]["ap"])
 
