@@ -42,9 +42,11 @@ class Combiner(nn.Module):
     student's pyramid is that share of the task's, in the L2 norm over all levels. Losses whose sizes lie a million
     times apart then need no constants of their own, and a term cannot drown the task as the task's loss falls.
     (GradNorm, arXiv 1711.02257, likewise compares gradient norms at shared layers, but learns the weights towards equal
-    training rates.) The norms are running averages, measured at each of the first steps and at every tenth one after:
-    each measurement costs one more pass back through the head. Ranks join theirs into those of all images together, so
-    that all use the same factors, which are those of one process.
+    training rates.) Norms are measured at each of the first steps and at every tenth one after, as each measurement
+    costs one more pass back through the head. What counts is the geometric mean of the new ones and of what counted
+    before: some twenty steps behind, so that shares hold while a rate warms up, where gradients change several times
+    over within a hundred steps, and still no single batch decides. Ranks join their norms into those of all images
+    together, so that all use the same factors, which are those of one process.
 
     Args:
         weights: by term.
@@ -58,7 +60,7 @@ class Combiner(nn.Module):
         silent: terms that count nothing, whatever their weight, as their teacher is not there yet.
     """
 
-    EAGER, EVERY, MOMENTUM = 10, 10, 0.9  # steps measured at the start, steps between, what stays of the average
+    EAGER, EVERY = 10, 10  # steps measured at the start, steps between
 
     def __init__(
         self,
@@ -133,13 +135,13 @@ class Combiner(nn.Module):
         return self.weight(name) * (1.0 if self.balance == "gradient" else norm / task_norm)
 
     def _measure(self, losses: list[Tensor], features: tuple[Tensor, ...]) -> None:
-        """Brings the running averages forward by the gradients of one batch."""
+        """Brings the averages forward by the gradients of one batch."""
         # Squares add up over images, and so over ranks. That each rank's gradients count one over the number of ranks
         # makes all norms smaller alike, and only their ratios are used.
         new = average_across_ranks(gradient_norms(losses, features).square()).sqrt()
         old = self.gradient_norms
         # where nothing was seen before there is nothing to average with; where nothing is seen now, the old one stays
-        average = torch.where(old > 0, old.lerp(new, 1 - self.MOMENTUM), new)
+        average = torch.where(old > 0, old.sqrt() * new.sqrt(), new)
         self.gradient_norms.copy_(torch.where(new > 0, average, old))
 
 

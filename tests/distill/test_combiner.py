@@ -55,13 +55,27 @@ def test_the_norm_runs_over_all_levels():
     torch.testing.assert_close(combiner.gradient_norms, torch.tensor([5**0.5, 2.0]))
 
 
-def test_norms_are_running_averages_and_rest_between_measurements(features):
+def test_norms_are_geometric_averages_and_rest_between_measurements(features):
     combiner = Combiner({"a": 1.0}, balance="gradient")
-    for step, slope in ((0, 1.0), (1, 2.0), (15, 9.0), (20, 3.0)):
+    for step, slope in ((0, 1.0), (1, 4.0), (15, 9.0), (20, 0.5)):
         combiner.step = step
         combiner(*(losses_of(features, slope)), {"a": features.sum()}, (features,))
-    # lengths 2, 4 and 6; step 15 is not measured: 0.9 * (0.9 * 2 + 0.1 * 4) + 0.1 * 6
-    torch.testing.assert_close(combiner.gradient_norms, torch.tensor([2.58, 2.0]))
+    # lengths 2, 8 and 1; step 15 is not measured: sqrt(sqrt(2 * 8) * 1)
+    torch.testing.assert_close(combiner.gradient_norms, torch.tensor([2.0, 2.0]))
+
+
+def test_shares_hold_while_gradients_change(features):
+    combiner = Combiner({"a": 0.5}, balance="gradient")
+    shares = []
+    for step in range(200):  # a loss grows tenfold against the task in 100 steps, then stays
+        combiner.step = step
+        slope = 10 ** min(1.0, step / 100)
+        task, a = losses_of(features, 1.0, slope)
+        _, parts = combiner(task, {"a": a}, (features,))
+        shares.append(parts["a"].item() / parts["task"].item())
+    # the lag is at most 20 steps and what else comes before the next measurement: 10 ** (0.3) = 2
+    assert all(0.4 < share < 1.0 for share in shares[:110])
+    assert shares[150:] == pytest.approx([0.5] * 50, rel=0.05)
 
 
 def test_nothing_is_measured_in_eval_mode(features):
