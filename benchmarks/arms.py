@@ -10,6 +10,10 @@ from typing import Any
 
 from scipy.stats import t
 
+from distill.build import trains_alike
+from distill.config import check_config, load_config
+from distill.run_folder import RunFolder
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -17,9 +21,13 @@ def run_arm(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, An
     """The summary of a run; it is trained first if it has none, from its last checkpoint if there is one.
 
     Raises:
-        SystemExit: train.py failed; it has said why.
+        SystemExit: train.py failed, and has said why; or the folder is of a run with other settings.
     """
-    summary = folder / "summary.json"
+    summary, kept = folder / "summary.json", RunFolder(folder)
+    if kept.config_file.is_file():
+        asked = load_config(ROOT / config, [f"output_dir={folder}", *overrides])
+        if not trains_alike(check_config(kept.config, str(kept.config_file)), asked):
+            sys.exit(f"{folder} is of a run with other settings; remove it, or name another --output")
     if not summary.is_file():
         resumes = any((folder / "checkpoints").glob("epoch_*.pt"))
         start = [config, f"output_dir={folder}", "overwrite=true", *overrides]
@@ -41,6 +49,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean(values), float("nan")
     return mean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+
+
+def points(values: Sequence[float]) -> str:
+    """Mean, and its 95% interval where there are several values, of AP in points."""
+    middle, half = interval(values)
+    return f"{100 * middle:.1f}" + (f" +- {100 * half:.1f}" if len(values) > 1 else "")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be a benchmark
 
-from benchmarks.arms import ROOT, interval, markdown, run_arm, setting
+from benchmarks.arms import ROOT, markdown, points, run_arm, setting
 from distill.report import human_count
 
 CONFIG = "configs/bccd.yaml"
@@ -127,16 +127,8 @@ A teacher of another kind, one of those above, {seeds} seeds: what it detects is
 """
     rows = []
     for name, found in pairs.items():
-        (plain, wide), (taught, spread) = interval(found["plain"]), interval(found["taught"])
         teacher = families[PAIRS[name][0]]["ap"]
-        rows.append(
-            [
-                name,
-                f"{100 * teacher:.1f}",
-                f"{100 * plain:.1f} +- {100 * wide:.1f}",
-                f"{100 * taught:.1f} +- {100 * spread:.1f}",
-            ]
-        )
+        rows.append([name, f"{100 * teacher:.1f}", points(found["plain"]), points(found["taught"])])
     return text + markdown(["", "teacher", "plain student", "taught student"], rows)
 
 

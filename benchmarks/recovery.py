@@ -21,7 +21,7 @@ import torch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be a benchmark
 
-from benchmarks.arms import ROOT, interval, markdown, replace_section, run_arm, setting
+from benchmarks.arms import ROOT, markdown, points, replace_section, run_arm, setting
 from distill import latency
 from distill.config import read_yaml
 from distill.report import counted
@@ -166,8 +166,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for arm, entry in arms.items():
         seeds = entry["seeds"]
-        spread = with_spread([run["ap"] for run in seeds])
-        against = with_spread([run["ap"] - plain["ap"] for run, plain in zip(seeds, arms[UNPRUNED]["seeds"])])
+        spread = points([run["ap"] for run in seeds])
+        against = points([run["ap"] - plain["ap"] for run, plain in zip(seeds, arms[UNPRUNED]["seeds"])])
         right_after = [run["ap_right_after"] for run in seeds]
         milliseconds = mean(run["latency_ms"] for run in seeds)
         rows.append(
@@ -175,19 +175,13 @@ def table(result: dict[str, Any]) -> str:
                 arm,
                 spread,
                 "" if arm == UNPRUNED else against,
-                "" if None in right_after else with_spread(right_after),
+                "" if None in right_after else points(right_after),
                 f"{mean(run['macs'] for run in seeds) / 1e6:.0f}M",
                 f"{milliseconds:.1f} ms",
                 f"{uncut_ms / milliseconds:.2f}x",
             ]
         )
     return markdown(["", "AP", "against unpruned", "right after the last cut", "MACs", "latency", "speed"], rows)
-
-
-def with_spread(values: Sequence[float]) -> str:
-    """Mean and 95% interval in points of AP."""
-    middle, half = interval(values)
-    return f"{100 * middle:.1f}" + (f" +- {100 * half:.1f}" if len(values) > 1 else "")
 
 
 def section(results: dict[str, Any], seeds: int, epochs: int) -> str:

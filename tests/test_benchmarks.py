@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ import yaml
 
 import students
 from benchmarks import coco_size, importance, losses, recovery, step_cost, throughput
-from benchmarks.arms import interval, markdown, replace_section
+from benchmarks.arms import interval, markdown, replace_section, run_arm
+from distill.config import load_config
 from distill.data import Batch, open_index
 from distill.data.shapes import CLASSES
 from distill.distiller import Distiller
@@ -62,6 +64,38 @@ def test_losses_go_by_the_weights_that_their_arm_is_named_by(tmp_path):
     )
     assert "balance=gradient" in overrides and "pruning=null" in overrides
     assert losses.fits("0.5 ld + 0.5 cross_kd", "bccd_gfl") and not losses.fits("0.5 ld + 0.5 cross_kd", "bccd")
+
+
+def test_the_teacher_of_other_heads_has_such_a_head_itself(tmp_path, monkeypatch):
+    configs = {}
+
+    def run_arm(folder, config, overrides):
+        configs[folder.relative_to(tmp_path)] = load_config(losses.ROOT / config, overrides)
+        return {"student": {"ap": 0.5, "ap50": 0.7}}
+
+    monkeypatch.setattr(losses, "run_arm", run_arm)
+    monkeypatch.setattr(losses, "measure_steps", lambda configs: {arm: {"seconds": 1.0} for arm in configs})
+    _, config, base = losses.SETS["bccd_gfl"]
+    losses.compare(tmp_path, config, base, ["plain", "ld"], seeds=2, epochs=3)
+    assert [str(folder) for folder in configs] == [
+        "teacher", "3_epochs/plain/seed0", "3_epochs/ld/seed0", "3_epochs/plain/seed1", "3_epochs/ld/seed1"
+    ]  # fmt: skip
+    assert all(config.student.head == "gfl" for config in configs.values())
+    assert configs[Path("teacher")].student.backbone == "tf_efficientnet_lite2"
+    assert configs[Path("3_epochs/ld/seed1")].train.epochs == 3 and configs[Path("3_epochs/ld/seed1")].seed == 1
+
+
+def test_a_kept_arm_is_not_taken_for_one_with_other_settings(settings, tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    folder = tmp_path / "arm"
+    folder.mkdir()
+    resolved = load_config(config, [f"output_dir={folder}", "seed=3"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved.model_dump(mode="json")))
+    (folder / "summary.json").write_text('{"student": {"ap": 0.5}}')
+    assert run_arm(folder, str(config), ["seed=3", "data.workers=1"]) == {"student": {"ap": 0.5}}
+    with pytest.raises(SystemExit, match="arm is of a run with other settings; remove it, or name another --output"):
+        run_arm(folder, str(config), ["seed=4"])
 
 
 def test_data_of_a_size_are_opened_and_scored(tmp_path, monkeypatch):
