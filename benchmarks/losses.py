@@ -31,19 +31,18 @@ from distill.schema import Config
 from distill.terms import TERMS
 from teachers import Teacher
 
-SCENES = ["data.root=runs/scenes1000", "data.synthetic.train=1000", "data.augment.views=4"]  # kept by teacher.cache
+VIEWS = "data.augment.views=4"  # of each image, so that the teacher is asked for each once, see teacher.cache
+SCENES = ["data.root=runs/scenes1000", "data.synthetic.train=1000"]
 BCCD = ["data.image_size=[120,160]"]
 GFL = ["student.head=gfl", "teacher.detector.head=gfl"]
 COMBINED = (
-    {"dense_sigmoid": 0.5, "box_mimic": 0.5},
     {"dense_sigmoid": 1.0, "box_mimic": 1.0},
-    {"dense_sigmoid": 0.5, "box_mimic": 0.5, "pkd": 0.25},
+    {"dense_sigmoid": 1.0, "box_mimic": 1.0, "pkd": 1.0},
     {"dense_sigmoid": 1.0, "box_mimic": 1.0, "mgd": 1.0},
     {"dense_sigmoid": 1.0, "box_mimic": 1.0, "fgd": 1.0},
-    {"cross_kd": 0.5, "box_mimic": 0.5},
-    {"ld": 0.5, "dense_sigmoid": 0.5},
-    {"ld": 0.5, "dense_sigmoid": 0.5, "box_mimic": 0.5},
-    {"ld": 0.5, "cross_kd": 0.5},
+    {"cross_kd": 1.0, "box_mimic": 1.0, "fgd": 1.0},
+    {"ld": 1.0, "dense_sigmoid": 1.0, "fgd": 1.0},
+    {"ld": 1.0, "cross_kd": 1.0, "fgd": 1.0},
 )
 # what an arm learns from: weights of losses; roi_kd needs two stages, which none of these recipes has
 ARMS: dict[str, dict[str, float]] = {
@@ -89,23 +88,18 @@ def fits(arm: str, name: str) -> bool:
 
 
 def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: int, epochs: int) -> dict[str, Any]:
-    """Trains the teacher and all arms on one data set, and measures a step of each.
-
-    Where images are shown in views, the teacher is asked for each once a seed, and all arms go by the same records.
-    """
+    """Trains the teacher and all arms on one data set, and measures a step of each; arms of a seed share a cache."""
     folder = folder.resolve()
     as_student = override(read_yaml(ROOT / config), base)["teacher"]
     teacher = [setting("student", as_student["detector"]), setting("train", as_student["train"])]
     taught_by = run_arm(folder / "teacher", config, [*base, *overrides_of({}, folder), *teacher])["student"]
-    changes = {arm: [*base, *overrides_of(ARMS[arm], folder), f"train.epochs={epochs}"] for arm in arms}
+    changes = {arm: [*base, VIEWS, *overrides_of(ARMS[arm], folder), f"train.epochs={epochs}"] for arm in arms}
     entries = {arm: {"ap": [], "ap50": []} for arm in arms}
     for seed in range(seeds):  # a seed of all arms before the next, so that what is done so far can be compared
-        cached = []
-        if any(override.startswith("data.augment.views") for override in base):
-            every = {loss: 1.0 for arm in arms for loss in ARMS[arm]}
-            cached = [f"teacher.cache={folder / f'cache{seed}'}"]
-            run = [*base, *overrides_of(every, folder), "train.epochs=1", f"seed={seed}", *cached]
-            run_arm(folder / "cached" / f"seed{seed}", config, run)  # makes the records that all arms need
+        cached = [f"teacher.cache={folder / f'cache{seed}'}"]
+        every = {loss: 1.0 for arm in arms for loss in ARMS[arm]}
+        first = [*base, VIEWS, *overrides_of(every, folder), "train.epochs=1", f"seed={seed}", *cached]
+        run_arm(folder / "cached" / f"seed{seed}", config, first)  # so that records have what all arms need
         for arm in arms:
             place = folder / f"{epochs}_epochs" / arm.replace(" ", "") / f"seed{seed}"
             run = run_arm(place, config, [*changes[arm], f"seed={seed}", *(cached if ARMS[arm] else [])])["student"]

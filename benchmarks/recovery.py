@@ -27,6 +27,7 @@ from distill.config import read_yaml
 from distill.report import counted
 from distill.run_folder import RunFolder
 
+VIEWS = "data.augment.views=4"  # of each image, so that the teacher is asked for each once, see teacher.cache
 SETS = {
     "scenes": (
         "Drawn scenes (`configs/quickstart.yaml`, 1000 images)",
@@ -99,12 +100,12 @@ def compare(
     students: dict[Path, dict[str, Any]] = {}
     for seed in range(seeds):
         places = {arm: folder / re.sub(r"\W+", "_", arm).strip("_") / f"seed{seed}" for arm in arms}
-        shared = [*base, f"train.epochs={epochs}", f"seed={seed}"]
+        shared = [*base, VIEWS, f"train.epochs={epochs}", f"seed={seed}"]
         run_arm(places[UNPRUNED], config, [*shared, *PLAIN, "pruning=null"])
         for share in removed:
             for way, arm in WAYS.items():
                 widths_of = places[name_of(arm.widths_of, share)] if arm.widths_of else None
-                overrides = overrides_of(arm, share, epochs, folder, widths_of)
+                overrides = overrides_of(arm, share, epochs, folder, seed, widths_of)
                 run_arm(places[name_of(way, share)], config, [*shared, *overrides])
         for arm, place in places.items():
             students[place] = describe(RunFolder(place))
@@ -119,9 +120,10 @@ def name_of(way: str, removed: int) -> str:
     return f"{way}, -{removed}%"
 
 
-def overrides_of(arm: Arm, removed: int, epochs: int, folder: Path, widths_of: Path | None) -> list[str]:
+def overrides_of(arm: Arm, removed: int, epochs: int, folder: Path, seed: int, widths_of: Path | None) -> list[str]:
     """What an arm changes of the recipe."""
-    changes = [setting("teacher", {"path": str(folder / "teacher" / "student")})] if arm.taught else PLAIN
+    teacher = {"path": str(folder / "teacher" / "student"), "cache": str(folder / f"cache{seed}")}
+    changes = [setting("teacher", teacher)] if arm.taught else PLAIN
     first, last = cut_between(epochs)
     if arm.cuts == "none":
         return [*changes, "pruning=null", f"widths_of={widths_of / 'student'}"]
