@@ -97,7 +97,7 @@ class TorchvisionDetector(Detector):
             keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
             scores = {}
             if "scores" in target:
-                known = target["scores"].detach().to(device).float()
+                known = target["scores"].to(device).float()
                 keep = keep & (known > 0)
                 scores = {"scores": known[keep]}
             converted.append({"boxes": boxes[keep], "labels": self.class_channels[labels[keep]], **scores})
