@@ -198,6 +198,11 @@ Features meet in all pairs, also where strides are up to a factor of 2 apart. An
 if it returns a `DetectedOutput`. `dfine` only teaches, and so do `timm features` (any timm network with maps) and `ViT
 features` (with patch tokens).
 
+`pseudo_label` fits all pairs since it goes by detections: those that the teacher's NMS leaves, of a score of
+`score_threshold` (0.3) or more, each with its top class only. The student's own assigner places them, and its own loss
+asks there for the score in place of 1: sigmoids in focal loss or cross-entropy, softmaxes with the rest on the
+background, objectness likewise. Boxes count by the score; those of `task_aligned`, `gfl` and `retinanet head` in full.
+
 ## What the others are told
 
 {reasons(met)}"""

@@ -33,10 +33,13 @@ class Objects(NamedTuple):
 
 
 def pad_targets(targets: list[dict[str, Tensor]], device: torch.device) -> Objects:
-    """The batch's targets, see `Detector.loss`, as one tensor each."""
+    """The batch's targets, see `Detector.loss`, as one tensor each; scores are detached."""
     boxes = [t["boxes"].to(device) for t in targets]
     labels = [t["labels"].to(device) for t in targets]
-    scores = [t["scores"].to(device) if "scores" in t else torch.ones(len(t["labels"]), device=device) for t in targets]
+    scores = [
+        t["scores"].detach().to(device) if "scores" in t else torch.ones(len(t["labels"]), device=device)
+        for t in targets
+    ]
     counts = torch.tensor([len(t["labels"]) for t in targets], device=device)
     boxes, labels, scores = map(_pad, (boxes, labels, scores))
     return Objects(boxes, labels, scores, torch.arange(labels.shape[1], device=device) < counts[:, None])

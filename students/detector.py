@@ -172,8 +172,9 @@ class Detector(nn.Module, ABC):
         Args:
             output: what `forward` returned for the batch.
             targets: one dict an image: `boxes` (N, 4) xyxy in input pixels and `labels` (N,) int64; N may be 0.
-                Where they are another detector's, also `scores` (N,) in [0, 1]: how sure of each it is; a family may
-                count each in full.
+                Where they are another detector's, also `scores` (N,) in [0, 1]: how sure of each it is, and how
+                probable the student should hold it where its assigner puts it; a loss that does not read them counts
+                each in full.
         """
 
     @abstractmethod

@@ -10,12 +10,14 @@ from teachers import label_images
 
 
 class PseudoLabelTerm(KnowledgeTerm):
-    """The student's own loss on what the teacher detects, each object counting as much as the teacher is sure of it.
+    """The student's own loss on what the teacher detects, each object as probable as the teacher is sure of it.
 
     The student's own assigner says which location answers for which detection, so heads, strides and levels of the two
-    need have nothing in common. Soft, since a detection of score s asks for s times the quality that a true object
-    would ask for. torchvision's losses know no such thing: with a student of theirs, all that are not left out count
-    as true objects.
+    need have nothing in common. Soft in every family here: at what is assigned to a detection of score s, the class
+    score, or objectness where it is apart from classes, should be s times what a true object would ask for; in a
+    softmax the background gets the rest. Boxes count s times too, but for the dense family's, of which each counts in
+    full. What goes over are detections: of each box its top class and that one's score, not the distribution over all
+    classes, after the teacher's NMS and from `score_threshold` on.
 
     Args:
         student: any detector.

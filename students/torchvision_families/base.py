@@ -90,14 +90,17 @@ class TorchvisionDetector(Detector):
 
     def to_head_targets(self, targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Targets with the head's labels, on its device. Boxes without width or height, which torchvision refuses, and
-        objects of score 0 are left out; all others count in full, since torchvision's losses know no weights."""
+        objects of score 0 are left out."""
         device, converted = self.class_channels.device, []
         for target in targets:
             boxes, labels = target["boxes"].to(device).float(), target["labels"].to(device)
             keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            scores = {}
             if "scores" in target:
-                keep = keep & (target["scores"].to(device) > 0)
-            converted.append({"boxes": boxes[keep], "labels": self.class_channels[labels[keep]]})
+                known = target["scores"].to(device).float()
+                keep = keep & (known > 0)
+                scores = {"scores": known[keep]}
+            converted.append({"boxes": boxes[keep], "labels": self.class_channels[labels[keep]], **scores})
         return converted
 
     def to_labels(self, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import initLevelMapper
 
+from students.assignment import pad_targets
 from students.detector import Detections, replace_rows
 from students.torchvision_families.backbone import (
     MOBILENET,
@@ -25,6 +26,13 @@ from students.torchvision_families.backbone import (
     settle_trainable,
 )
 from students.torchvision_families.base import TorchvisionDetector, grid_anchors
+from students.torchvision_families.soft_losses import (
+    have_scores,
+    match,
+    objects_of,
+    soft_proposal_losses,
+    soft_roi_losses,
+)
 from students.torchvision_families.weights import FirstWeights
 from students.two_stage import RoiOutput, RoiSamples, TwoStageDetector, TwoStageOutput
 
@@ -112,21 +120,24 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
         return TwoStageOutput(features, tuple(objectness), tuple(box_deltas), anchor_boxes)
 
     def loss(self, output: TwoStageOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """torchvision's own losses of proposals and ROI head. Targets' `scores` do not weigh, see `to_head_targets`.
+        """torchvision's own losses of proposals and ROI head; where targets have `scores`, those of `soft_losses` in
+        their place.
 
         Anchors and proposals are sampled at random. Proposals are clipped to the pyramid's extent, which is the image's
         where 32 divides its sides.
         """
-        rpn, targets = self.model.rpn, self.to_head_targets(targets)
+        targets = self.to_head_targets(targets)
         size = self._image_size(output.features)
-        anchors = [torch.cat(output.anchor_boxes)] * len(targets)
-        labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
-        objectness, deltas = self._proposal_outputs(output)
-        wanted = rpn.box_coder.encode(matched, anchors)
-        objectness_loss, proposal_loss = rpn.compute_loss(objectness, deltas, labels, wanted)
+        objectness_loss, proposal_loss = self._proposal_losses(output, targets)
         proposals = self.propose(output, [size] * len(targets))
-        boxes, _, labels, wanted = self.model.roi_heads.select_training_samples(proposals, targets)
-        class_loss, box_loss = fastrcnn_loss(*self._run_roi_head(output.features, boxes), labels, wanted)
+        boxes, numbers, labels, wanted = self.model.roi_heads.select_training_samples(proposals, targets)
+        said = self._run_roi_head(output.features, boxes)
+        if have_scores(targets):
+            of_objects = pad_targets(targets, said[0].device).scores
+            scores = torch.cat([row[number] for row, number in zip(of_objects, numbers)])
+            class_loss, box_loss = soft_roi_losses(*said, torch.cat(labels), torch.cat(wanted), scores)
+        else:
+            class_loss, box_loss = fastrcnn_loss(*said, labels, wanted)
         return {
             "loss_classifier": class_loss,
             "loss_box_reg": box_loss,
@@ -214,6 +225,20 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
     def output_layers(self) -> tuple[nn.Module, ...]:
         proposals, predictor = self.model.rpn.head, self.model.roi_heads.box_predictor
         return (proposals.cls_logits, proposals.bbox_pred, predictor.cls_score, predictor.bbox_pred)
+
+    def _proposal_losses(self, output: TwoStageOutput, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Of objectness and boxes, on anchors sampled at random."""
+        rpn, anchors = self.model.rpn, [torch.cat(output.anchor_boxes)] * len(targets)
+        objectness, deltas = self._proposal_outputs(output)
+        if have_scores(targets):
+            matched = match(rpn.proposal_matcher, targets, anchors)
+            # 1 for an object, 0 for the background, -1 for what is too close to call
+            sampled = rpn.fg_bg_sampler([numbers.clamp(max=0) + 1 for numbers in matched])
+            positive, negative = (torch.cat(of_images).bool() for of_images in sampled)
+            objects = objects_of(targets, matched)
+            return soft_proposal_losses(objectness, deltas, objects, positive, negative, anchors, rpn.box_coder)
+        labels, boxes = rpn.assign_targets_to_anchors(anchors, targets)
+        return rpn.compute_loss(objectness, deltas, labels, rpn.box_coder.encode(boxes, anchors))
 
     def _proposal_outputs(self, output: TwoStageOutput) -> tuple[Tensor, Tensor]:
         """Objectness (B*N, 1) and deltas (B*N, 4) of all anchors, float32."""

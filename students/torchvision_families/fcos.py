@@ -9,14 +9,18 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from losses.normalizer import share_normalizer
 from students.torchvision_families.backbone import build_fpn_backbone, imagenet_weights, settle_norm, settle_trainable
 from students.torchvision_families.one_stage import PyramidDetector
+from students.torchvision_families.soft_losses import have_scores, objects_of, soft_fcos_losses
 from students.torchvision_families.weights import FirstWeights
 
 
 class Head(FCOSHead):
-    """torchvision's, with losses that count the objects of all ranks."""
+    """torchvision's, with losses that count the objects of all ranks, and soft ones for objects with scores."""
 
     def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
-        losses = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        if have_scores(targets):
+            losses = soft_fcos_losses(self, objects_of(targets, matched_idxs), head_outputs, anchors)
+        else:
+            losses = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
         return share_normalizer(losses, sum(int((match >= 0).sum()) for match in matched_idxs))
 
 

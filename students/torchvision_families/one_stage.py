@@ -52,7 +52,7 @@ class OneStageDetector(TorchvisionDetector):
         return AnchorOutput(features, class_logits, distances, (), raw_logits, raw_boxes, anchor_boxes, centerness)
 
     def loss(self, output: AnchorOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """torchvision's own losses. Targets' `scores` do not weigh, see `to_head_targets`."""
+        """torchvision's own losses; where targets have `scores`, those of `soft_losses` in their place."""
         predictions = {name: torch.cat(levels, dim=1) for name, levels in self._predictions(output).items()}
         anchors = [torch.cat(output.anchor_boxes)] * len(targets)
         levels = [len(level) for level in output.anchor_boxes]
@@ -112,10 +112,10 @@ class OneStageDetector(TorchvisionDetector):
     def compute_loss(
         self, targets: list[dict[str, Tensor]], predictions: dict[str, Tensor], anchors: list[Tensor], levels: list[int]
     ) -> dict[str, Tensor]:
-        """torchvision's losses.
+        """torchvision's losses, or the soft ones.
 
         Args:
-            targets: with the head's labels.
+            targets: with the head's labels; they may have scores.
             predictions: (B, N, .) by torchvision's names, N over all levels.
             anchors: (N, 4) for each image.
             levels: how many of the N belong to each level.

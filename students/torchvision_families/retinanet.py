@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection import (
     RetinaNet,
@@ -13,9 +14,20 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from students.torchvision_families.backbone import build_fpn_backbone, imagenet_weights, settle_norm, settle_trainable
 from students.torchvision_families.one_stage import PyramidDetector
+from students.torchvision_families.soft_losses import have_scores, objects_of, soft_retinanet_losses
 from students.torchvision_families.weights import FirstWeights
 
 COCO = {1: RetinaNet_ResNet50_FPN_Weights.COCO_V1, 2: RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1}
+
+
+class Head(RetinaNetHead):
+    """torchvision's, with soft losses for objects with scores."""
+
+    def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
+        if not have_scores(targets):
+            return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        counted = torch.stack(matched_idxs) != self.classification_head.BETWEEN_THRESHOLDS
+        return soft_retinanet_losses(self, objects_of(targets, matched_idxs), counted, head_outputs, anchors)
 
 
 class RetinaNetDetector(PyramidDetector):
@@ -68,11 +80,11 @@ class RetinaNetDetector(PyramidDetector):
             [2, 3, 4],
             lambda width: LastLevelP6P7(width if version == 2 else channels, channels),
         )
-        model = RetinaNet(body, first.head_classes)
+        norm_layer = partial(nn.GroupNorm, 32) if version == 2 else None
+        head = Head(channels, self.anchors, first.head_classes, norm_layer=norm_layer)
         if version == 2:
-            group_norm = partial(nn.GroupNorm, 32)
-            model.head = RetinaNetHead(channels, self.anchors, first.head_classes, norm_layer=group_norm)
-            model.head.regression_head._loss_type = "giou"
+            head.regression_head._loss_type = "giou"
+        model = RetinaNet(body, first.head_classes, head=head)
         super().__init__(class_names, model, first, ("head.classification_head.cls_logits.",))
         self.settled = {"norm": norm, "trainable_layers": trainable_layers, "head_classes": first.head_classes}
 

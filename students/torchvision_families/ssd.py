@@ -15,11 +15,11 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor, _normal_init
-from torchvision.ops import box_iou
 
 from losses.normalizer import share_normalizer
 from students.torchvision_families.backbone import settle_trainable
 from students.torchvision_families.one_stage import OneStageDetector
+from students.torchvision_families.soft_losses import have_scores, match, objects_of, soft_ssd_losses
 from students.torchvision_families.weights import FirstWeights
 
 
@@ -47,13 +47,11 @@ class SSDDetector(OneStageDetector):
         return self.model.box_coder.decode_single(encoded, anchors)
 
     def compute_loss(self, targets, predictions, anchors, levels):
-        matched = []
-        for boxes, target in zip(anchors, targets):
-            if len(target["boxes"]):
-                matched.append(self.model.proposal_matcher(box_iou(target["boxes"], boxes)))
-            else:
-                matched.append(torch.full((len(boxes),), -1, device=boxes.device))
-        losses = self.model.compute_loss(targets, predictions, anchors, matched)
+        matched = match(self.model.proposal_matcher, targets, anchors)
+        if have_scores(targets):
+            losses = soft_ssd_losses(self.model, objects_of(targets, matched), predictions, anchors)
+        else:
+            losses = self.model.compute_loss(targets, predictions, anchors, matched)
         return share_normalizer(losses, sum(int((match >= 0).sum()) for match in matched))
 
     def postprocess(self, predictions, anchors, image_sizes):

@@ -1,10 +1,13 @@
 """YOLOv9 (arXiv 2402.13616), by libreyolo."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from losses.normalizer import average_across_ranks
 from students.adapter import Adapter
-from students.assignment import pad_targets
+from students.assignment import Objects, pad_targets
 from students.detector import DenseOutput
 from students.zoo.library import import_family, require_size
 
@@ -43,7 +46,8 @@ class YOLOv9Detector(Adapter):
         return DenseOutput(tuple(features), classes, tuple(map(mean_distances, edges)), edges)
 
     def loss(self, output: DenseOutput, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """`classification`, `box` and `distribution`, libreyolo's; a teacher's objects count in full."""
+        """`classification`, `box` and `distribution`, libreyolo's; where targets have `scores`, `soft_losses` in their
+        place."""
         head, first = self.network.head, output.class_logits[0]
         compute = head._get_loss_fn(first.device)
         if (compute.num_classes, compute.device) != (len(self.class_names), first.device):  # it was given others, moved
@@ -52,8 +56,10 @@ class YOLOv9Detector(Adapter):
         height, width = (side * self.strides[0] for side in first.shape[-2:])
         compute.update_anchors([width, height])
         objects = pad_targets(targets, first.device)
-        boxes = objects.boxes / objects.boxes.new_tensor([width, height, width, height])
         said = [torch.cat(level, dim=1).float() for level in zip(output.box_logits, output.class_logits)]
+        if any("scores" in target for target in targets):
+            return soft_losses(compute, said, objects)
+        boxes = objects.boxes / objects.boxes.new_tensor([width, height, width, height])
         losses = compute(said, torch.cat((objects.labels[..., None].float(), boxes), dim=-1))
         return {
             "classification": losses["cls_loss"],
@@ -83,6 +89,34 @@ class YOLOv9Detector(Adapter):
     @property
     def class_layers(self) -> tuple[nn.Module, ...]:
         return tuple(tower[-1] for tower in self.network.head.cv3)
+
+
+def soft_losses(compute: Any, said: list[Tensor], objects: Objects) -> dict[str, Tensor]:
+    """libreyolo's losses of objects with scores, assigned by libreyolo; with scores of 1 they are its own.
+
+    A class's probability should be the quality of the box, as assigned, times its object's score; the box counts as
+    much. All are divided by the sum of the qualities alone, averaged across ranks, at least 1.
+
+    Args:
+        compute: libreyolo's loss, for its assignment and parts.
+        said: (B, 4*bins + K, H, W) of each level, edges and classes before softmax and sigmoid.
+        objects: of the batch.
+    """
+    classes, edges, boxes = compute.vec2box(said)
+    targets = torch.cat((objects.labels[..., None].float(), objects.boxes), dim=-1)
+    found = compute.matcher(targets, (classes.detach(), boxes.detach()), return_indices=True)
+    (wanted, wanted_boxes), assigned, index = found[0].split((classes.shape[-1], 4), dim=-1), *found[1:]
+    divisor = average_across_ranks(wanted.sum()).clamp(min=1.0)
+    wanted = wanted * objects.scores.gather(1, index)[..., None]
+    weight, strides = wanted.sum(dim=-1)[assigned], compute.vec2box.scaler[:, None]
+    boxes, wanted_boxes, locations = (x / strides for x in (boxes, wanted_boxes, compute.vec2box.anchor_grid))
+    box = compute.box_loss(boxes, wanted_boxes, assigned, weight, divisor)
+    distribution = compute.dfl_loss(edges, wanted_boxes, locations, assigned, weight, divisor)
+    return {
+        "classification": compute.cls_weight * compute.cls_loss(classes, wanted, divisor),
+        "box": compute.box_weight * box,
+        "distribution": compute.dfl_weight * distribution,
+    }
 
 
 def mean_distances(edges: Tensor) -> Tensor:

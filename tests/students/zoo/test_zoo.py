@@ -1,7 +1,9 @@
 """libreyolo's networks behind our adapters: what they say, learn and lose is what libreyolo's own do."""
 
 import importlib.util
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from distill.measure import count_parameters
 from distill.pruning.budget import make_plan
 from distill.pruning.graph import find_groups
 from distill.terms import TERMS
+from students.assignment import Objects
 from students.plan import apply_plan, named_tensors
+from students.zoo.yolov9 import soft_losses as soft_yolov9_losses
+from students.zoo.yolox import soft_losses as soft_yolox_losses
 from teachers import speak
 
 SMALLEST = {"yolox": "n", "yolov9": "t", "dfine": "n"}
@@ -130,6 +135,85 @@ def test_losses_are_libreyolos(family, images, targets):
     # of images without objects, too
     empty = detector.loss(detector(images), [targets[1]] * 2)
     assert all(value.isfinite() for value in empty.values()) and empty["box"] == 0
+
+
+@installed
+@pytest.mark.parametrize("family", ["yolox", "yolov9"])
+def test_objects_ask_for_as_much_as_their_score(family, images, targets):
+    detector = small(family)
+    shake(detector).train()
+    output = detector(images)
+    scored = lambda *s: [t | {"scores": torch.tensor(x)} for t, x in zip(targets, (s, ()))]  # noqa: E731
+    true, sure, half = (detector.loss(output, t) for t in (targets, scored(1.0, 1.0), scored(0.5, 0.5)))
+    for name, value in true.items():
+        torch.testing.assert_close(sure[name], value, atol=1e-5, rtol=1e-5)
+        if name in ("box", "distribution") or (family, name) == ("yolox", "classification"):
+            torch.testing.assert_close(half[name], value / 2)
+        assert half[name] != value
+    scores = torch.tensor([0.3, 0.8], requires_grad=True)
+    sum(detector.loss(output, [targets[0] | {"scores": scores}, targets[1]]).values()).backward()
+    assert scores.grad is None and all(p.grad.isfinite().all() for p in detector.parameters())
+    nothing = [targets[1] | {"scores": torch.zeros(0)}] * 2
+    output = detector(images)
+    empty, wanted = detector.loss(output, nothing), detector.loss(output, [targets[1]] * 2)
+    for name, value in wanted.items():
+        torch.testing.assert_close(empty[name], value)
+    detector.zero_grad()
+    sum(empty.values()).backward()
+    assert all(p.grad is not None for p in detector.parameters())
+
+
+def test_yolox_soft_losses_by_hand():
+    # an object of score 0.3 and class 1 has the first of two cells; one of score 0 has none
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 8]]])
+    objects = Objects(boxes, torch.tensor([[1, 0]]), torch.tensor([[0.3, 0.0]]), torch.tensor([[True, True]]))
+    asked = []
+
+    def get_assignments(image, number, wanted, labels, *others):
+        asked.append((image, number, wanted.tolist(), labels.tolist()))
+        return labels, torch.tensor([True, False]), torch.tensor([0.75]), torch.tensor([0]), 1
+
+    head = SimpleNamespace(get_assignments=get_assignments, iou_loss=lambda said, wanted: torch.tensor([0.5]))
+    objectness = torch.tensor([[[math.log(3)], [0.0]]], requires_grad=True)
+    said = (torch.zeros(1, 2, 4), objectness, torch.tensor([[[0.0, math.log(3)], [5.0, 5.0]]]))
+    losses = soft_yolox_losses(head, said, objects, torch.zeros(2, 1, 2), torch.tensor([8.0, 8.0]))
+    assert asked == [(0, 1, [[4.0, 4.0, 8.0, 8.0]], [1.0])]
+    # the classes of an object that is there: 0 at 1/2, and the IoU of 3/4 at 3/4
+    classes = math.log(2) + 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    assert losses["classification"].item() == pytest.approx(0.3 * classes)
+    assert losses["objectness"].item() == pytest.approx(0.3 * math.log(4 / 3) + 0.7 * math.log(4) + math.log(2))
+    assert losses["box"].item() == pytest.approx(5 * 0.3 * 0.5)
+    losses["objectness"].backward()
+    assert objectness.grad.flatten().tolist() == pytest.approx([0.75 - 0.3, 0.5])  # gone where the score is reached
+
+
+def test_yolov9_soft_losses_by_hand():
+    # of three cells of two classes one is the second object's, of score 0.25, one the first's, of 0.5
+    wanted = torch.tensor([[[0.0, 0.8, 8, 8, 16, 16], [0.5, 0, 0, 0, 8, 8], [0, 0, 0, 0, 8, 8]]])
+    assigned, asked = torch.tensor([[True, True, False]]), []
+
+    def box_loss(said, wanted_boxes, assigned, weight, divisor):
+        asked.append((said[0, 0].tolist(), wanted_boxes[0, 0].tolist(), assigned[0].tolist()))
+        return weight.sum() / divisor
+
+    compute = SimpleNamespace(
+        vec2box=lambda said: (torch.zeros(1, 3, 2), None, torch.full((1, 3, 4), 4.0)),
+        matcher=lambda targets, said, return_indices: (wanted, assigned, torch.tensor([[1, 0, 0]])),
+        cls_loss=lambda said, wanted, divisor: (wanted * torch.tensor([1.0, 10])).sum() / divisor,
+        box_loss=box_loss,
+        dfl_loss=lambda edges, *others: box_loss(torch.zeros(1, 1), others[0], *others[2:]),
+        cls_weight=0.5,
+        box_weight=7.5,
+        dfl_weight=1.5,
+    )
+    compute.vec2box.scaler, compute.vec2box.anchor_grid = torch.tensor([8.0, 8, 8]), torch.zeros(3, 2)
+    objects = Objects(torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), torch.ones(1, 2) > 0)
+    losses = soft_yolov9_losses(compute, [], objects)
+    # 0.8 * 0.25 of the second class and 0.5 * 0.5 of the first, over 0.8 + 0.5
+    assert losses["classification"].item() == pytest.approx(0.5 * (10 * 0.2 + 0.25) / 1.3)
+    assert losses["box"].item() == pytest.approx(7.5 * 0.45 / 1.3)
+    assert losses["distribution"].item() == pytest.approx(1.5 * 0.45 / 1.3)
+    assert asked[0] == ([0.5] * 4, [1.0, 1, 2, 2], [True, True, False])  # in strides
 
 
 @installed
