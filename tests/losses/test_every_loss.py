@@ -315,9 +315,10 @@ def test_one_box_over_all_is_a_box_like_others(case, expected):
 
 @of_every_map
 @pytest.mark.parametrize("item", [(3, 1, 1), (3, 1, 4)])
-def test_maps_of_one_pixel_or_row_are_finite(case, item):
-    student, teacher = case.draw(2, item=item)
-    loss = case.loss(student.requires_grad_(), teacher, [OBJECTS, NOTHING])
+@pytest.mark.parametrize("images", [1, 2])
+def test_maps_of_one_pixel_or_row_are_finite(case, item, images):
+    student, teacher = case.draw(images, item=item)
+    loss = case.loss(student.requires_grad_(), teacher, [OBJECTS, NOTHING][:images])
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
 
