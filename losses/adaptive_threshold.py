@@ -28,10 +28,15 @@ def adaptive_threshold(
         the candidates' indices, (..., M, C) int64; the threshold, (..., M), 0 where there are no anchors.
 
     Raises:
-        ValueError: no levels, or boxes that are not (..., 4).
+        ValueError: no levels, anchors that are not (A_l, 4), or objects that are not (..., M, 4).
     """
     if not anchors:
         raise ValueError("adaptive_threshold: anchors has 0 levels; it must have at least one")
+    for number, level in enumerate(anchors):
+        if level.dim() != 2 or level.shape[1] != 4:
+            raise ValueError(
+                f"adaptive_threshold: anchors of level {number} have shape {tuple(level.shape)}; they must be (A, 4)"
+            )
     overlap = pairwise_iou(target_boxes, torch.cat(list(anchors)))
     centres, candidates, first = _centres(target_boxes), [], 0
     for level in anchors:

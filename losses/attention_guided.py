@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from losses.fpn_attention import channel_attention, spatial_attention
 from losses.precision import at_least_float32
-from losses.shape_check import require_same_locations, require_same_shape
+from losses.shape_check import require_channels, require_same_locations, require_same_shape
 
 
 def attention_guided(
@@ -32,7 +32,7 @@ def attention_guided(
         The norm over the whole batch. Where student and teacher agree it is 0, and so is its gradient.
 
     Raises:
-        ValueError: shapes that must agree differ, or the maps are empty.
+        ValueError: shapes that must agree differ, the maps are empty, or the temperature is not above 0.
     """
     require_same_locations("attention_guided", student, teacher)
     require_same_shape("attention_guided(adapted, teacher)", adapted, teacher)
@@ -111,9 +111,12 @@ class NonLocalRelation(nn.Module):
             The norm over the whole batch.
 
         Raises:
-            ValueError: batch or spatial sizes differ, or the maps are empty.
+            ValueError: batch or spatial sizes differ, the maps are empty, or have other channels than this was built
+                for.
         """
         require_same_locations("NonLocalRelation", student, teacher)
+        require_channels("NonLocalRelation(student)", student, self.student_block.theta)
+        require_channels("NonLocalRelation(teacher)", teacher, self.teacher_block.theta)
         with torch.autocast(student.device.type, enabled=False):
             student_relation = self.adapter(self.student_block(at_least_float32(student)))
             teacher_relation = self.teacher_block(at_least_float32(teacher.detach()))
@@ -182,9 +185,12 @@ class AttentionGuided(nn.Module):
             The four terms, weighted and summed.
 
         Raises:
-            ValueError: batch or spatial sizes differ, or the maps are empty.
+            ValueError: batch or spatial sizes differ, the maps are empty or have other channels than this was built
+                for, or the temperature is not above 0.
         """
         require_same_locations("AttentionGuided", student, teacher)
+        require_channels("AttentionGuided(student)", student, self.feature_adapter)
+        require_channels("AttentionGuided(teacher)", teacher, self.relation.teacher_block.theta)
         student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
         with torch.autocast(student.device.type, enabled=False):
             adapted = self.feature_adapter(student)

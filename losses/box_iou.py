@@ -26,7 +26,7 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
         (..., N, M) in [0, 1]; 0 where both boxes are empty.
 
     Raises:
-        ValueError: the last dimension is not 4.
+        ValueError: boxes that are not (..., N, 4), or leading dimensions that do not broadcast.
     """
     return _iou(*_all_pairs("pairwise_iou", a, b))
 
@@ -44,7 +44,7 @@ def pairwise_diou(a: Tensor, b: Tensor) -> Tensor:
         (..., N, M) in (-1, 1]; 0 where both boxes are the same empty one.
 
     Raises:
-        ValueError: the last dimension is not 4.
+        ValueError: boxes that are not (..., N, 4), or leading dimensions that do not broadcast.
     """
     a, b = _all_pairs("pairwise_diou", a, b)
     return _iou(a, b) - _relative_distance(a, b)
@@ -129,7 +129,7 @@ def _relative_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _require_boxes(name: str, boxes: Tensor) -> None:
-    if boxes.shape[-1] != 4:
+    if boxes.shape[-1:] != (4,):
         raise ValueError(f"{name}: boxes have shape {tuple(boxes.shape)}; they must be (..., 4), xyxy")
 
 
@@ -137,6 +137,12 @@ def _all_pairs(name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(..., N, 4) and (..., M, 4) as (..., N, 1, 4) and (..., 1, M, 4)."""
     for boxes in (a, b):
         _require_boxes(name, boxes)
+    leading = zip(reversed(a.shape[:-2]), reversed(b.shape[:-2]))
+    if min(a.dim(), b.dim()) < 2 or any(m != n and 1 not in (m, n) for m, n in leading):
+        raise ValueError(
+            f"{name}: shapes {tuple(a.shape)} and {tuple(b.shape)}; they must be (..., N, 4) and (..., M, 4), with "
+            "leading dimensions that are equal, 1 or left out"
+        )
     return at_least_float32(a)[..., :, None, :], at_least_float32(b)[..., None, :, :]
 
 

@@ -90,7 +90,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         The mean over images and channels; 0 for maps of one location.
 
     Raises:
-        ValueError: the shapes differ, or the maps are empty.
+        ValueError: the shapes differ, the maps are empty, or the temperature is not above 0.
     """
     require_feature_map("cwd", student)
     require_same_shape("cwd(student, teacher)", student, teacher)

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from losses.fpn_attention import channel_attention, fgd_attention, spatial_attention
 from losses.precision import at_least_float32
 from losses.region import fgd_masks
-from losses.shape_check import require_feature_map, require_location_weights, require_same_shape
+from losses.shape_check import (
+    require_channels,
+    require_feature_map,
+    require_location_weights,
+    require_same_shape,
+)
 
 
 def fgd_focal(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 0.5) -> Tensor:
@@ -27,7 +32,8 @@ def fgd_focal(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float
         The sum over channels and locations, averaged over images.
 
     Raises:
-        ValueError: the shapes differ, the maps are empty, or `mask` is not one number a location.
+        ValueError: the shapes differ, the maps are empty, `mask` is not one number a location, or the temperature is
+            not above 0.
     """
     require_feature_map("fgd_focal", student)
     require_same_shape("fgd_focal(student, teacher)", student, teacher)
@@ -99,10 +105,11 @@ class FGDGlobal(nn.Module):
             The sum over channels and locations, averaged over images.
 
         Raises:
-            ValueError: the shapes differ, or the maps are empty.
+            ValueError: the shapes differ, the maps are empty, or have other channels than this was built for.
         """
         require_feature_map("FGDGlobal", student)
         require_same_shape("FGDGlobal(student, teacher)", student, teacher)
+        require_channels("FGDGlobal", student, self.student_context.attention)
         with torch.autocast(student.device.type, enabled=False):
             student_relation = self.student_context(at_least_float32(student))
             teacher_relation = self.teacher_context(at_least_float32(teacher.detach()))
@@ -155,9 +162,11 @@ class FGD(nn.Module):
             The four terms, weighted and summed.
 
         Raises:
-            ValueError: the shapes differ, the maps are empty, or there is not one tensor (N, 4) of boxes an image.
+            ValueError: the shapes differ, the maps are empty or have other channels than this was built for, there is
+                not one tensor (N, 4) of boxes an image, or the temperature is not above 0.
         """
         require_feature_map("FGD", student)
+        require_channels("FGD", student, self.relation.student_context.attention)
         foreground, background = fgd_masks(boxes, image_size, tuple(student.shape[2:]))
         focal = fgd_focal(student, teacher, self.alpha * foreground + self.beta * background, self.temperature)
         attention = fgd_attention(student, teacher, self.temperature)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from losses.precision import at_least_float32
 from losses.shape_check import require_feature_map, require_same_locations, require_same_shape
+from losses.temperature import soften
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def fgd_attention(student: Tensor, teacher: Tensor, temperature: float = 0.5) ->
         The sum over locations and channels, averaged over images; below 2 (H*W + C).
 
     Raises:
-        ValueError: the shapes differ, or the maps are empty.
+        ValueError: the shapes differ, the maps are empty, or the temperature is not above 0.
     """
     require_feature_map("fgd_attention", student)
     require_same_shape("fgd_attention(student, teacher)", student, teacher)
@@ -60,13 +61,13 @@ def fgd_attention(student: Tensor, teacher: Tensor, temperature: float = 0.5) ->
 def spatial_attention(features: Tensor, temperature: float) -> Tensor:
     """H W softmax(mean_c |F| / temperature) over an image's locations: (B, C, H, W) -> (B, H, W), mean 1 an image."""
     strength = features.abs().mean(dim=1)
-    return strength[0].numel() * (strength.flatten(1) / temperature).softmax(dim=1).view_as(strength)
+    return strength[0].numel() * soften(strength.flatten(1), temperature).softmax(dim=1).view_as(strength)
 
 
 def channel_attention(features: Tensor, temperature: float) -> Tensor:
     """C softmax(mean_hw |F| / temperature) over an image's channels: (B, C, H, W) -> (B, C), mean 1 an image."""
     strength = features.abs().mean(dim=(2, 3))
-    return strength.shape[1] * (strength / temperature).softmax(dim=1)
+    return strength.shape[1] * soften(strength, temperature).softmax(dim=1)
 
 
 def fuse_levels(features: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.precision import at_least_float32
+from losses.temperature import soften
 
 
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -18,7 +18,10 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
     Returns:
         (...), one non-negative number a distribution, 0 where the two agree.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
     """
-    student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
-    teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
+    student = F.log_softmax(soften(student_logits, temperature), dim=-1)
+    teacher = F.log_softmax(soften(teacher_logits.detach(), temperature), dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)

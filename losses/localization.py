@@ -42,7 +42,8 @@ def localization_distillation(
         The weighted mean; 0 for no locations.
 
     Raises:
-        ValueError: the bins differ in shape or are not (..., 4, R), or `weight` is not one number a location.
+        ValueError: the bins differ in shape or are not (..., 4, R), `weight` is not one number a location, or the
+            temperature is not above 0.
     """
     require_same_shape("localization_distillation(student, teacher)", student_bins, teacher_bins)
     if student_bins.dim() < 2 or student_bins.shape[-2] != 4:
@@ -75,7 +76,7 @@ def valuable_region(anchors: Sequence[Tensor], target_boxes: Tensor, candidates_
         weight that the authors give; 0 outside. The mask is `> 0`.
 
     Raises:
-        ValueError: no levels, or boxes that are not (..., 4).
+        ValueError: no levels, anchors that are not (A_l, 4), or objects that are not (..., M, 4).
     """
     overlap, _, threshold = adaptive_threshold(anchors, target_boxes, candidates_per_level)
     closeness = pairwise_diou(target_boxes, torch.cat(list(anchors)))

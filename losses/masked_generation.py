@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.precision import at_least_float32
-from losses.shape_check import require_feature_map, require_same_shape
+from losses.shape_check import require_channels, require_feature_map, require_same_shape
 
 
 class MGD(nn.Module):
@@ -47,10 +47,11 @@ class MGD(nn.Module):
             The sum over channels and locations, averaged over images.
 
         Raises:
-            ValueError: the shapes differ, or the maps are empty.
+            ValueError: the shapes differ, the maps are empty, or have other channels than this was built for.
         """
         require_feature_map("MGD", student)
         require_same_shape("MGD(student, teacher)", student, teacher)
+        require_channels("MGD", student, self.generation[0])
         batch, _, height, width = student.shape
         draw = torch.rand(batch, 1, height, width, device=student.device, dtype=torch.float32)
         visible = draw <= 1 - self.mask_ratio

@@ -14,7 +14,7 @@ def foreground_mask(boxes: Sequence[Tensor], image_size: tuple[int, int], featur
     """Marks the locations that some box covers, by the rule of `fgd_masks`.
 
     Args:
-        boxes: (N_i, 4) xyxy in pixels for each image, N_i may be 0; floating point.
+        boxes: (N_i, 4) xyxy in pixels for each image, N_i may be 0.
         image_size: height and width in pixels of what the feature map shows, padding included.
         feature_size: H and W of the level.
 
@@ -39,7 +39,7 @@ def fgd_masks(
     image or above it is cut at the border; in the authors' code its negative index wraps around.
 
     Args:
-        boxes: (N_i, 4) xyxy in pixels for each image, N_i may be 0; floating point.
+        boxes: (N_i, 4) xyxy in pixels for each image, N_i may be 0.
         image_size: height and width in pixels of what the feature map shows, padding included. The authors pass
             each image's size before padding, which shifts the boxes of padded images.
         feature_size: H and W of the level.
@@ -67,10 +67,11 @@ def _cover(
     """
     if not len(boxes):
         raise ValueError("boxes: no images; there must be one tensor (N, 4) an image, empty for one without objects")
-    padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan)
-    if padded.dim() != 3 or padded.shape[2] != 4:
-        raise ValueError(f"boxes: an image's have shape {tuple(boxes[0].shape)}; they must be (N, 4), xyxy in pixels")
-    padded = F.pad(at_least_float32(padded), (0, 0, 0, 1), value=torch.nan)
+    for image, its_boxes in enumerate(boxes):
+        if its_boxes.dim() != 2 or its_boxes.shape[1] != 4:
+            raise ValueError(f"boxes: image {image}'s have shape {tuple(its_boxes.shape)}; they must be (N, 4), xyxy")
+    padded = pad_sequence([at_least_float32(x) for x in boxes], batch_first=True, padding_value=torch.nan)
+    padded = F.pad(padded, (0, 0, 0, 1), value=torch.nan)
     (image_height, image_width), (height, width) = image_size, feature_size
     x1, y1, x2, y2 = padded.unbind(dim=-1)
     left, right = (x1 / image_width * width).floor(), (x2 / image_width * width).ceil()

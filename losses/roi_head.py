@@ -28,7 +28,7 @@ def roi_classification(student_logits: Tensor, teacher_logits: Tensor, temperatu
         The mean over proposals; 0 for none.
 
     Raises:
-        ValueError: the shapes differ, or are not (N, K + 1).
+        ValueError: the shapes differ or are not (N, K + 1), or the temperature is not above 0.
     """
     require_same_shape("roi_classification(student, teacher)", student_logits, teacher_logits)
     if student_logits.dim() != 2:
@@ -51,8 +51,7 @@ def class_deltas(deltas: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: `deltas` is not (N, K * 4), or `labels` not one a row.
     """
-    if deltas.dim() != 2 or not deltas.shape[1] or deltas.shape[1] % 4:
-        raise ValueError(f"class_deltas: deltas have shape {tuple(deltas.shape)}; they must be (N, K * 4) or (N, 4)")
+    _require_deltas("class_deltas", deltas)
     if labels.shape != deltas.shape[:1]:
         raise ValueError(
             f"class_deltas: labels have shape {tuple(labels.shape)} for deltas {tuple(deltas.shape)}; they must be "
@@ -78,8 +77,9 @@ def roi_regression(student_deltas: Tensor, teacher_deltas: Tensor, weight: Tenso
         The weighted mean; 0 for no proposals, or no foreground.
 
     Raises:
-        ValueError: the deltas differ in shape, or `weight` is not one number a proposal.
+        ValueError: the deltas differ in shape or are not (N, K * 4), or `weight` is not one number a proposal.
     """
+    _require_deltas("roi_regression", student_deltas)
     require_same_shape("roi_regression(student, teacher)", student_deltas, teacher_deltas)
     require_weight("roi_regression", weight, student_deltas, item_dims=1)
     student, teacher = at_least_float32(student_deltas), at_least_float32(teacher_deltas.detach())
@@ -107,8 +107,13 @@ def bounded_regression(
         The weighted mean; 0 for no proposals, no foreground, or a student nowhere worse than the teacher by m.
 
     Raises:
-        ValueError: the deltas differ in shape, or `weight` is not one number a proposal.
+        ValueError: the deltas differ in shape or are not (N, 4), or `weight` is not one number a proposal.
     """
+    if student_deltas.dim() != 2 or student_deltas.shape[1] != 4:
+        raise ValueError(
+            f"bounded_regression: deltas have shape {tuple(student_deltas.shape)}; they must be (N, 4), of several "
+            "classes those that class_deltas takes"
+        )
     require_same_shape("bounded_regression(student, teacher)", student_deltas, teacher_deltas)
     require_same_shape("bounded_regression(student, target)", student_deltas, target_deltas)
     require_weight("bounded_regression", weight, student_deltas, item_dims=1)
@@ -116,3 +121,8 @@ def bounded_regression(
     student_error = (at_least_float32(student_deltas) - target).square().sum(dim=-1)
     teacher_error = (at_least_float32(teacher_deltas.detach()) - target).square().sum(dim=-1)
     return weighted_mean(student_error * (student_error > teacher_error + margin), weight)
+
+
+def _require_deltas(name: str, deltas: Tensor) -> None:
+    if deltas.dim() != 2 or not deltas.shape[1] or deltas.shape[1] % 4:
+        raise ValueError(f"{name}: deltas have shape {tuple(deltas.shape)}; they must be (N, K * 4) or (N, 4)")

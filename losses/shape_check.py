@@ -1,6 +1,6 @@
 """One wording for the mistake that every loss can be handed: tensors that do not line up."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def require_same_shape(name: str, first: Tensor, second: Tensor) -> None:
@@ -30,6 +30,25 @@ def require_feature_map(name: str, features: Tensor) -> None:
     """
     if features.dim() != 4 or not features.numel():
         raise ValueError(f"{name}: a feature map has shape {tuple(features.shape)}; it must be (B, C, H, W), not empty")
+
+
+def require_channels(name: str, features: Tensor, layer: nn.Conv2d) -> None:
+    """Refuses a map that is not as wide as a loss with layers of its own was built for.
+
+    Args:
+        name: the loss, for the message.
+        features: (B, C, H, W).
+        layer: the first that the map goes through. Its weight says what it takes, also after a cut.
+
+    Raises:
+        ValueError: another number of channels.
+    """
+    wanted = layer.weight.shape[1]
+    if features.shape[1] != wanted:
+        raise ValueError(
+            f"{name}: a map of shape {tuple(features.shape)} has {features.shape[1]} channels, but the loss was built "
+            f"for {wanted}; they must be equal"
+        )
 
 
 def require_weight(name: str, weight: Tensor, values: Tensor, item_dims: int) -> None:

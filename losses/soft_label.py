@@ -11,6 +11,7 @@ from losses.kl_divergence import softened_kl
 from losses.normalizer import average_across_ranks
 from losses.precision import at_least_float32
 from losses.shape_check import require_same_shape
+from losses.temperature import soften
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,7 +26,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
         The mean over samples; 0 for none.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the temperature is not above 0.
     """
     require_same_shape("kd(student, teacher)", student_logits, teacher_logits)
     return _mean_or_zero(softened_kl(student_logits, teacher_logits, temperature))
@@ -48,7 +49,8 @@ def dkd(
     Args:
         student_logits: (N, K) before the softmax, K at least 2; in ROI heads the background is one of the K.
         teacher_logits: the same shape, with the same classes in the same order. Detached.
-        labels: (N,) int64 in [0, K), the true class.
+        labels: (N,) int64 in [0, K), the true class. Others are not looked for here, as a GPU would have to wait for
+            that: they are a RuntimeError of PyTorch on a CPU, a failed assertion on a GPU.
         alpha: weight of the labelled class against the others.
         beta: weight of the others among themselves.
         temperature: tau; 1 softens nothing.
@@ -57,7 +59,8 @@ def dkd(
         The mean over samples; 0 for none.
 
     Raises:
-        ValueError: the shapes differ or are not (N, K) with K at least 2, or `labels` is not one a row.
+        ValueError: the shapes differ or are not (N, K) with K at least 2, `labels` is not one a row, or the temperature
+            is not above 0.
     """
     require_same_shape("dkd(student, teacher)", student_logits, teacher_logits)
     if student_logits.dim() != 2 or student_logits.shape[1] < 2:
@@ -72,8 +75,8 @@ def dkd(
     others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
     others = others + (others >= labels)
 
-    student_binary = _log_binary(at_least_float32(student_logits) / temperature, labels, others)
-    teacher_binary = _log_binary(at_least_float32(teacher_logits.detach()) / temperature, labels, others)
+    student_binary = _log_binary(soften(student_logits, temperature), labels, others)
+    teacher_binary = _log_binary(soften(teacher_logits.detach(), temperature), labels, others)
     target = F.kl_div(student_binary, teacher_binary, reduction="none", log_target=True).sum(dim=1)
     non_target = softened_kl(student_logits.gather(1, others), teacher_logits.gather(1, others), temperature)
     return _mean_or_zero(alpha * temperature**2 * target + beta * non_target)
@@ -100,13 +103,13 @@ def dist(
         The weighted sum of two means, each in [0, 2 tau^2]; 0 for no samples.
 
     Raises:
-        ValueError: the shapes differ, or are not (N, K).
+        ValueError: the shapes differ or are not (N, K), or the temperature is not above 0.
     """
     require_same_shape("dist(student, teacher)", student_logits, teacher_logits)
     if student_logits.dim() != 2:
         raise ValueError(f"dist: logits have shape {tuple(student_logits.shape)}; they must be (N, K)")
-    student = F.softmax(at_least_float32(student_logits) / temperature, dim=1)
-    teacher = F.softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    student = F.softmax(soften(student_logits, temperature), dim=1)
+    teacher = F.softmax(soften(teacher_logits.detach(), temperature), dim=1)
     if not student.numel():
         return student.sum()  # columns without samples have no mean
     rows, columns = _correlation(student, teacher), _correlation(student.T, teacher.T)
@@ -138,7 +141,7 @@ def dense_sigmoid(
         minimum is the entropy of the teacher's softened scores, normalised alike.
 
     Raises:
-        ValueError: no levels, unlike numbers of levels, or a level whose shapes differ.
+        ValueError: no levels, unlike numbers of levels, a level whose shapes differ, or a temperature not above 0.
     """
     if not student_logits or len(student_logits) != len(teacher_logits):
         raise ValueError(
@@ -148,8 +151,8 @@ def dense_sigmoid(
     losses, confidences = [], []
     for level, (student, teacher) in enumerate(zip(student_logits, teacher_logits)):
         require_same_shape(f"dense_sigmoid(student, teacher), level {level}", student, teacher)
-        student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
-        losses.append(quality_focal_loss(student / temperature, (teacher / temperature).sigmoid(), beta))
+        teacher = at_least_float32(teacher.detach())
+        losses.append(quality_focal_loss(soften(student, temperature), soften(teacher, temperature).sigmoid(), beta))
         confidences.append(teacher.sigmoid().amax(dim=1).sum())
     normalizer = average_across_ranks(torch.stack(confidences).sum()).clamp(min=1)
     return temperature**2 * torch.stack(losses).sum() / normalizer

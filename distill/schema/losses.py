@@ -120,6 +120,7 @@ class FGDAttentionConfig(FeatureTermConfig):
     published_weight = 8e-4
 
     name: Literal["fgd_attention"]
+    match: Literal["levels", "fused"] = "levels"
     temperature: Positive = 0.5
 
 
@@ -127,6 +128,7 @@ class AttentionGuidedConfig(TermConfig):
     """The defaults are the authors' for two-stage detectors."""
 
     name: Literal["attention_guided"]
+    match: Literal["levels", "fused"] = "levels"
     mask_weight: NotNegative = 7e-5
     pooled_weight: NotNegative = 4e-3
     relation_weight: NotNegative = 7e-5

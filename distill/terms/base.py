@@ -3,12 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.terms.adapter import ChannelSelection, build_adapter
+from losses import fuse_levels
 from losses.precision import at_least_float32
 from students import DenseOutput, Detector
 
@@ -142,10 +143,10 @@ class KnowledgeTerm(nn.Module, ABC):
 
 
 class Level(NamedTuple):
-    """One pyramid level of both detectors, brought together.
+    """One pyramid level of both detectors, or the mean of all, brought together.
 
     Attributes:
-        name: the student's, such as P3.
+        name: the student's, such as P3, or `fused`.
         student: (B, C, H, W) behind its adapter.
         teacher: the same shape.
         teacher_logits: (B, A*K, H, W) class scores of the teacher's head there, before the sigmoid; None for terms that
@@ -162,18 +163,21 @@ class Level(NamedTuple):
     image_size: tuple[int, int]
 
 
-class FeatureTerm(KnowledgeTerm):
-    """A term over pyramid maps, summed over the levels, each behind an adapter to the teacher's width.
+class PyramidTerm(KnowledgeTerm):
+    """A term over the maps of two pyramids and nothing else of them.
 
     Args:
         student: see `KnowledgeTerm`.
         teacher: likewise.
         levels: likewise.
-        adapter: see `build_adapter`.
-        settings: the loss's own, handed on as they are.
+        match: `levels` compares level with level; `fused` the mean of all of them with that of the teacher's, see
+            `losses.fuse_levels`.
+
+    Attributes:
+        map_names: of what is compared: the levels', or `fused`.
 
     Raises:
-        ValueError: no levels to pair, or widths that the adapter cannot bring together.
+        ValueError: no levels to pair, or some of unlike widths that would be fused.
     """
 
     interpolates = True
@@ -185,27 +189,78 @@ class FeatureTerm(KnowledgeTerm):
         student: Detector,
         teacher: Detector,
         levels: Sequence[str] | None = None,
-        adapter: str = "conv1",
-        **settings: float,
+        match: Literal["levels", "fused"] = "levels",
     ):
         super().__init__(student, teacher, levels)
+        self.match = match
+        self.map_names = ["fused"] if match == "fused" else self.level_names
+        for side, (detector, role) in enumerate(((student, "student"), (teacher, "teacher"))):
+            widths = [detector.feature_channels[pair[side]] for pair in self.pairs]
+            if match == "fused" and len(set(widths)) > 1:
+                raise ValueError(
+                    f"match: fused takes the mean of levels of equal width, but the {role}'s, which meet at "
+                    f"{', '.join(self.level_names)}, have {', '.join(map(str, widths))} channels; choose levels"
+                )
+
+    def student_maps(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        """What is compared of the student's pyramid, a map for each of `map_names`."""
+        maps = [features[i] for i, _ in self.pairs]
+        return [fuse_levels(maps)] if self.match == "fused" else maps
+
+    def teacher_maps(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        """Likewise of the teacher's."""
+        if self.match == "fused":
+            once = dict.fromkeys(j for _, j in self.pairs)  # a level may be the nearest of two
+            return [fuse_levels([features[j] for j in once])]
+        return [features[j] for _, j in self.pairs]
+
+    def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        # levels with a mean keep a common width
+        return self.student_maps(features) if self.match == "fused" else []
+
+
+class FeatureTerm(PyramidTerm):
+    """A term over pyramid maps, each behind an adapter to the teacher's width, summed over them.
+
+    Args:
+        student: see `KnowledgeTerm`.
+        teacher: likewise.
+        levels: likewise.
+        adapter: see `build_adapter`.
+        match: see `PyramidTerm`; `levels` for a loss that goes by the class scores of each.
+        settings: the loss's own, handed on as they are.
+
+    Raises:
+        ValueError: no levels to pair, or widths that the adapter cannot bring together or that differ under a mean.
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector,
+        levels: Sequence[str] | None = None,
+        adapter: str = "conv1",
+        match: Literal["levels", "fused"] = "levels",
+        **settings: float,
+    ):
+        super().__init__(student, teacher, levels, match)
         self.settings = settings
         self._holds_widths = adapter != "select"
         self.adapters = nn.ModuleDict(
             {
                 name: build_adapter(adapter, student.feature_channels[i], teacher.feature_channels[j], name)
-                for name, (i, j) in zip(self.level_names, self.pairs)
+                for name, (i, j) in zip(self.map_names, self.pairs)
             }
         )
 
     def forward(
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
     ) -> Tensor:
-        adapted = self.adapt(student.features)
+        adapted, theirs = self.adapt(student.features), self.teacher_maps(teacher.features)
         boxes = [target["boxes"].to(adapted[0].device) for target in targets]
         losses = []
-        for (name, adapter), x, (_, j) in zip(self.adapters.items(), adapted, self.pairs):
-            y, logits = teacher.features[j], resize_like(teacher.class_logits[j], x) if self.uses_classes else None
+        for (name, adapter), x, y, (_, j) in zip(self.adapters.items(), adapted, theirs, self.pairs):
+            logits = resize_like(teacher.class_logits[j], x) if self.uses_classes else None
             if isinstance(adapter, ChannelSelection):
                 y = adapter.select(y)
             losses.append(self.level_loss(Level(name, x, resize_like(y, x), logits, boxes, image_size)))
@@ -217,12 +272,12 @@ class FeatureTerm(KnowledgeTerm):
 
     def adapt(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         """The student's maps behind their adapters."""
-        return [adapter(features[i]) for adapter, (i, _) in zip(self.adapters.values(), self.pairs)]
+        return [adapter(x) for adapter, x in zip(self.adapters.values(), self.student_maps(features))]
 
     def at_each_level(self, build: Callable[..., nn.Module], teacher: Detector) -> nn.ModuleDict:
-        """A module of its own for each level, of the teacher's width and the term's settings."""
+        """A module of its own for each two maps, of the teacher's width and the term's settings."""
         widths = (teacher.feature_channels[j] for _, j in self.pairs)
-        return nn.ModuleDict({name: build(c, **self.settings) for name, c in zip(self.level_names, widths)})
+        return nn.ModuleDict({name: build(c, **self.settings) for name, c in zip(self.map_names, widths)})
 
     def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         return self.adapt(features)

@@ -6,44 +6,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill.terms.base import FeatureTerm, KnowledgeTerm, Level, Targets, resize_like
-from losses import AttentionGuided, attention_transfer, fgd_attention, fuse_levels
+from distill.terms.base import FeatureTerm, Level, PyramidTerm, Targets, resize_like
+from losses import AttentionGuided, attention_transfer, fgd_attention
 from students import DenseOutput, Detector
 
 
-class AttentionTransferTerm(KnowledgeTerm):
-    """See `losses.attention_transfer`. Widths may differ, so there is nothing to adapt.
-
-    Args:
-        student: see `KnowledgeTerm`.
-        teacher: likewise.
-        levels: likewise.
-        match: `levels` pairs level with level, `fused` the mean of all of them with that of the teacher's.
-    """
-
-    interpolates = True
-    fields = ("features",)
-    uses_head = False
-
-    def __init__(
-        self,
-        student: Detector,
-        teacher: Detector,
-        levels: Sequence[str] | None = None,
-        match: Literal["levels", "fused"] = "levels",
-    ):
-        super().__init__(student, teacher, levels)
-        self.match = match
+class AttentionTransferTerm(PyramidTerm):
+    """See `losses.attention_transfer`. Widths may differ, so there is nothing to adapt."""
 
     def forward(
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
     ) -> Tensor:
-        ours = [student.features[i] for i, _ in self.pairs]
-        theirs = [teacher.features[j] for _, j in self.pairs]
-        if self.match == "fused":
-            once = dict.fromkeys(j for _, j in self.pairs)  # a level may be the nearest of two
-            ours, theirs = [fuse_levels(ours)], [fuse_levels([teacher.features[j] for j in once])]
-        return sum(attention_transfer(x, resize_like(y, x)) for x, y in zip(ours, theirs))
+        pairs = zip(self.student_maps(student.features), self.teacher_maps(teacher.features))
+        return sum(attention_transfer(x, resize_like(y, x)) for x, y in pairs)
 
 
 class FGDAttentionTerm(FeatureTerm):
@@ -53,34 +28,34 @@ class FGDAttentionTerm(FeatureTerm):
         return fgd_attention(level.student, level.teacher, **self.settings)
 
 
-class AttentionGuidedTerm(KnowledgeTerm):
-    """See `losses.AttentionGuided`, which brings adapters of its own, one module a level."""
-
-    interpolates = True
-    fields = ("features",)
-    uses_head = False
+class AttentionGuidedTerm(PyramidTerm):
+    """See `losses.AttentionGuided`, which brings adapters of its own, one module for each two maps."""
 
     def __init__(
-        self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None, **settings: float | bool
+        self,
+        student: Detector,
+        teacher: Detector,
+        levels: Sequence[str] | None = None,
+        match: Literal["levels", "fused"] = "levels",
+        **settings: float | bool,
     ):
-        super().__init__(student, teacher, levels)
+        super().__init__(student, teacher, levels, match)
         self.levels = nn.ModuleDict(
             {
                 name: AttentionGuided(student.feature_channels[i], teacher.feature_channels[j], **settings)
-                for name, (i, j) in zip(self.level_names, self.pairs)
+                for name, (i, j) in zip(self.map_names, self.pairs)
             }
         )
 
     def forward(
         self, student: DenseOutput, teacher: DenseOutput, targets: Targets, image_size: tuple[int, int]
     ) -> Tensor:
-        return sum(
-            level(student.features[i], resize_like(teacher.features[j], student.features[i]))
-            for level, (i, j) in zip(self.levels.values(), self.pairs)
-        )
+        pairs = zip(self.student_maps(student.features), self.teacher_maps(teacher.features))
+        return sum(level(x, resize_like(y, x)) for level, (x, y) in zip(self.levels.values(), pairs))
 
     def traced(self, features: tuple[Tensor, ...]) -> list[Tensor]:
-        return [x for level, (i, _) in zip(self.levels.values(), self.pairs) for x in _outputs(level, features[i])]
+        maps = self.student_maps(features)
+        return [y for level, x in zip(self.levels.values(), maps) for y in _outputs(level, x)]
 
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:

@@ -269,14 +269,6 @@ def test_every_term_follows_a_cut(build_tiny, images, targets, name, head):
     assert [n for n, p in unit.named_parameters() if p.grad is None or p.grad.shape != p.shape] == []
 
 
-def test_fused_attention_compares_one_map(pair, images):
-    student, teacher = pair
-    ours, theirs = student(images), teacher(images)
-    fused = AttentionTransferTerm(student, teacher, match="fused")(ours, theirs, [], (64, 64))
-    wanted = attention_transfer(fuse_levels(ours.features), fuse_levels(theirs.features))
-    assert torch.equal(fused, wanted)
-
-
 @torch.no_grad()
 def test_a_level_that_only_interpolation_pairs(build_tiny, images):
     student, teacher = build_tiny(levels=(5, 6)).eval(), build_tiny(seed=1, levels=(4, 5), channels=24).eval()

@@ -1,7 +1,9 @@
 import math
+import re
 
 import pytest
 import torch
+import torchvision
 
 from losses import ciou, giou, iou, pairwise_diou, pairwise_iou
 
@@ -12,6 +14,17 @@ def test_pairwise_iou_of_known_boxes():
     # Row 0: overlap 1 of union 4 + 4 - 1; the same box; apart. Row 1: touching in a point; 1 of 4; apart.
     expected = torch.tensor([[1 / 7, 1, 0], [0, 1 / 4, 0]])
     torch.testing.assert_close(pairwise_iou(a, b), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_overlaps_agree_with_torchvision(seed):
+    torch.manual_seed(seed)
+    corner, size = 10 * torch.rand(2, 6, 2), 10 * torch.rand(2, 6, 2) + 1
+    a, b = torch.cat([corner, corner + size], dim=-1)
+    torch.testing.assert_close(pairwise_iou(a, b), torchvision.ops.box_iou(a, b))
+    torch.testing.assert_close(pairwise_diou(a, b), torchvision.ops.distance_box_iou(a, b))
+    torch.testing.assert_close(giou(a, b), torchvision.ops.generalized_box_iou(a, b).diagonal())
+    torch.testing.assert_close(ciou(a, b), torchvision.ops.complete_box_iou(a, b).diagonal())
 
 
 def test_pairwise_iou_keeps_images_apart():
@@ -77,6 +90,10 @@ def test_half_precision_boxes_are_measured_in_float32(overlap):
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"pairwise_iou: boxes have shape \(2, 5\)"):
         pairwise_iou(torch.zeros(3, 4), torch.zeros(2, 5))
+    for a, b in [((2, 3, 4), (3, 5, 4)), ((4,), (2, 4)), ((2, 1, 4), (4,))]:
+        with pytest.raises(ValueError, match=f"pairwise_iou: shapes {re.escape(str(a))} and {re.escape(str(b))}; they"):
+            pairwise_iou(torch.zeros(a), torch.zeros(b))
+    assert pairwise_iou(torch.zeros(2, 1, 3, 4), torch.zeros(5, 1, 4)).shape == (2, 5, 3, 1)
     with pytest.raises(ValueError, match=r"giou: boxes have shape \(2, 5\)"):
         giou(torch.zeros(2, 5), torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"shapes \(1, 4\) and \(2, 4\) differ"):

@@ -5,24 +5,6 @@ import torch
 
 from losses import cwd, masked_mimic, pkd, plain_mimic, score_weighted_mimic
 
-
-def score_weighted(student, teacher):
-    """Location weights that grow along the map, none of them 0."""
-    return score_weighted_mimic(student, teacher, _ramp(student))
-
-
-def masked(student, teacher):
-    """The locations of the second half of the map, and the middle of it."""
-    return masked_mimic(student, teacher, _ramp(student) >= 0.5)
-
-
-def _ramp(features):
-    height, width = features.shape[-2:]
-    return torch.linspace(0.1, 1, height * width).view(height, width).expand(len(features), -1, -1)
-
-
-MIMICS = [plain_mimic, pkd, score_weighted, masked, cwd]
-NEW_MIMICS = [score_weighted, masked, cwd]
 WEIGHTED = [score_weighted_mimic, masked_mimic]
 
 
@@ -31,6 +13,12 @@ def test_plain_mimic_of_known_maps():
     teacher = torch.tensor([[[[0.0, 2.0]], [[3.0, 2.0]]]])
     # (1 + 0 + 9 + 4) / 4
     torch.testing.assert_close(plain_mimic(student, teacher), torch.tensor(3.5))
+
+
+def test_plain_mimic_agrees_with_loops():
+    student, teacher = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4)
+    squares = [(s - t) ** 2 for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist())]
+    torch.testing.assert_close(plain_mimic(student, teacher), torch.tensor(sum(squares) / (2 * 3 * 2 * 4)))
 
 
 def test_pkd_of_known_maps():
@@ -153,15 +141,6 @@ def test_images_without_weight_do_not_count(mimic):
 
 
 @pytest.mark.parametrize("mimic", WEIGHTED)
-def test_no_weight_at_all_is_zero_and_still_has_a_graph(mimic):
-    student = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = mimic(student, torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(student.grad, torch.zeros_like(student))
-
-
-@pytest.mark.parametrize("mimic", WEIGHTED)
 def test_weights_are_checked_and_do_not_learn(mimic):
     student, weights = torch.randn(2, 3, 4, 4, requires_grad=True), torch.rand(2, 4, 4, requires_grad=True)
     mimic(student, torch.randn(2, 3, 4, 4), weights).backward()
@@ -172,51 +151,10 @@ def test_weights_are_checked_and_do_not_learn(mimic):
         assert str(shape) in str(error.value)
 
 
-@pytest.mark.parametrize("mimic", NEW_MIMICS)
-def test_one_pixel_maps_are_finite(mimic):
-    student = torch.randn(2, 3, 1, 1, requires_grad=True)
-    loss = mimic(student, torch.randn(2, 3, 1, 1))
-    loss.backward()
-    assert loss.isfinite() and student.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("mimic", NEW_MIMICS)
-def test_memory_format_does_not_matter(mimic):
-    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    other = mimic(student.to(memory_format=torch.channels_last), teacher.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(other, mimic(student, teacher))
-
-
-@pytest.mark.parametrize("mimic", NEW_MIMICS)
-def test_gradients_are_those_of_the_values(mimic):
-    student = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(2, 2, 2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: mimic(x, teacher), student)
-
-
-@pytest.mark.parametrize("mimic", MIMICS)
-def test_zero_where_student_equals_teacher(mimic):
-    features = torch.randn(2, 3, 4, 4)
-    assert mimic(features, features.clone()).item() == 0
-
-
-@pytest.mark.parametrize("mimic", MIMICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_student_learns(mimic, dtype):
-    student = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    teacher = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = mimic(student, teacher)
-    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
-    loss.backward()
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
-
-
-@pytest.mark.parametrize("mimic", MIMICS)
-def test_shapes_are_checked(mimic):
+@pytest.mark.parametrize("mimic", [plain_mimic, pkd, cwd, *WEIGHTED])
+def test_widths_are_checked(mimic):
+    weights = [torch.zeros(1, 4, 4)] if mimic in WEIGHTED else []
     with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\) and \(1, 1, 4, 4\) differ"):
-        mimic(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 4))
-    for shape in [(0, 2, 4, 4), (2, 4, 4)]:
-        with pytest.raises(ValueError, match=r"must be \(B, C, H, W\), not empty"):
-            mimic(torch.zeros(shape), torch.zeros(shape))
+        mimic(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 4), *weights)
+    with pytest.raises(ValueError, match=r"must be \(B, C, H, W\), not empty"):
+        mimic(torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), *weights)

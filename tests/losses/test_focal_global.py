@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from learnt_layers import shake
 from torch import nn
 
 from losses import FGD, FGDGlobal, fgd_attention, fgd_focal, fgd_masks
@@ -13,18 +14,6 @@ BOXES = [torch.tensor([[2.0, 2, 20, 14], [0, 0, 9, 9]]), torch.zeros(0, 4)]  # o
 def focal(student, teacher):
     """All locations count alike."""
     return fgd_focal(student, teacher, torch.ones(len(student), *student.shape[2:]))
-
-
-def relation(student, teacher):
-    torch.manual_seed(0)
-    module = FGDGlobal(student.shape[1]).to(torch.promote_types(student.dtype, torch.float32))
-    shake(module)
-    return module(student, teacher)
-
-
-def shake(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
 
 
 def test_focal_of_known_maps():
@@ -116,6 +105,29 @@ def test_global_agrees_with_loops():
     torch.testing.assert_close(module(student, teacher), torch.tensor(total / 2))
 
 
+def test_the_whole_of_known_maps():
+    three = math.log(3)
+    teacher = torch.tensor([[[[0.0, three]], [[0.0, -three]]]])
+    student = torch.tensor([[[[2.0, three]], [[0.0, three]]]])
+    # The box covers column 0 and, up to ceil(1/2) = 1 with both ends, column 1, and rows 0 and 1: 1/4 everywhere, and
+    # nothing is background. T = 1/2: A^s = (0.2, 1.8), A^c = (1, 1), squares 4 and 4 ln^2 3 of channel 2.
+    focal = (0.2 * 4 + 1.8 * 4 * three**2) / 4
+    # The student's attention: means (1, ln 3) over T, softmax (e^2, 9) / (e^2 + 9), twice; its channels' means are
+    # 1 + ln 3 / 2 and ln 3 / 2, over T ln 3 + (2, 0): 2 (e^2, 1) / (e^2 + 1) against (1, 1).
+    square = math.e**2
+    spatial = 2 * abs(0.2 - 2 * square / (square + 9))  # two locations, of the same difference
+    channel = 2 * abs(1 - 2 * square / (square + 1))
+    # Relations, still F: 4 + 4 ln^2 3.
+    expected = 2 * focal + 5 * (spatial + channel) + 7 * (4 + 4 * three**2)
+    loss = FGD(2, alpha=2.0, beta=3.0, gamma=5.0, lambda_=7.0, temperature=0.5)
+    torch.testing.assert_close(
+        loss(student, teacher, [torch.tensor([[0.0, 0, 4, 8]])], (8, 16)), torch.tensor(expected)
+    )
+    # Without boxes all is background, of two locations, 1/2 each: twice the focal part, at 3 for 2.
+    expected += 3 * 2 * focal - 2 * focal
+    torch.testing.assert_close(loss(student, teacher, [torch.zeros(0, 4)], (8, 16)), torch.tensor(expected))
+
+
 def test_the_whole_is_the_weighted_sum_of_its_parts():
     fgd = FGD(3, alpha=2.0, beta=3.0, gamma=5.0, lambda_=7.0, temperature=0.6)
     shake(fgd)
@@ -146,6 +158,8 @@ def test_zero_where_student_equals_teacher():
     # Before the first step, while both blocks are the identity; afterwards they differ.
     assert FGDGlobal(3)(features, features.clone()).item() == 0
     assert FGD(3)(features, features.clone(), BOXES, (32, 32)).item() == 0
+    relation = FGDGlobal(3)
+    shake(relation)
     assert relation(features, features.clone()).item() > 0
 
 

@@ -100,20 +100,6 @@ def test_students_without_a_teacher_query_learn_nothing():
     assert (boxes.grad.abs().sum(dim=2) > 0).sum() == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_student_learns(dtype):
-    student = [values.to(dtype).requires_grad_() for values in random_queries(2, 4)]
-    teacher = [values.to(dtype).requires_grad_() for values in random_queries(2, 3)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = query_distillation(*student, *teacher)
-    assert loss.dtype == torch.float32 and loss.shape == () and loss.isfinite()
-    expected = query_distillation(*(values.float() for values in (*student, *teacher)))
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert all(values.grad.abs().sum() > 0 for values in student)
-    assert all(values.grad is None for values in teacher)
-
-
 @pytest.mark.parametrize(("batch", "student_queries", "teacher_queries"), [(0, 2, 2), (2, 0, 3), (2, 3, 0)])
 def test_no_pairs_is_zero_and_still_has_a_graph(batch, student_queries, teacher_queries):
     student = [values.requires_grad_() for values in random_queries(batch, student_queries)]
@@ -136,12 +122,6 @@ def test_one_box_over_the_whole_image():
 def test_a_diverged_student_gives_nan_not_an_error():
     logits, boxes = random_queries(1, 2)
     assert query_distillation(logits * math.nan, boxes, *random_queries(1, 2)).isnan()
-
-
-def test_gradient_is_that_of_finite_differences():
-    logits, boxes = (values.requires_grad_() for values in random_queries(1, 3, dtype=torch.float64))
-    teacher = random_queries(1, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, y: query_distillation(x, y, *teacher), (logits, boxes))
 
 
 def test_shapes_are_checked():

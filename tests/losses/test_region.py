@@ -108,6 +108,12 @@ def test_bf16_boxes_give_float32_masks():
         assert mask.dtype == torch.float32 and mask.isfinite().all()
 
 
+def test_whole_numbers_are_pixels_too():
+    boxes = torch.tensor([[0, 0, 16, 8], [8, 8, 9, 9]])
+    whole, others = fgd_masks([boxes, boxes[:1]], (32, 32), (4, 4)), [boxes.float(), boxes[:1].float()]
+    torch.testing.assert_close(whole, fgd_masks(others, (32, 32), (4, 4)))
+
+
 def test_boxes_are_checked():
     for masks in (fgd_masks, foreground_mask):
         with pytest.raises(ValueError, match="no images"):
@@ -116,3 +122,5 @@ def test_boxes_are_checked():
             with pytest.raises(ValueError, match=r"must be \(N, 4\)") as error:
                 masks([torch.zeros(shape)], (32, 32), (4, 4))
             assert str(shape) in str(error.value)
+        with pytest.raises(ValueError, match=r"image 1's have shape \(1, 5\)"):
+            masks([torch.zeros(3, 4), torch.zeros(1, 5)], (32, 32), (4, 4))

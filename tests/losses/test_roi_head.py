@@ -87,51 +87,12 @@ def test_class_deltas_are_those_of_the_label():
     assert class_deltas(deltas[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_zero_where_student_equals_teacher(loss):
-    values = torch.randn(3, 4)
-    assert loss(values, values.clone()).item() == 0
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_student_learns(loss, dtype):
-    student = (3 + torch.rand(3, 4)).to(dtype).requires_grad_()
-    teacher = torch.rand(3, 4).to(dtype).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        value = loss(student, teacher)
-    assert value.dtype == torch.float32 and value.shape == () and value.isfinite()
-    torch.testing.assert_close(value, loss(student.float(), teacher.float()))
-    value.backward()
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
-
-
 def test_neither_targets_nor_weights_learn():
     student, others = torch.randn(3, 4, requires_grad=True), torch.zeros(2, 3, 4, requires_grad=True)
     weight = torch.ones(3, requires_grad=True)
     bounded_regression(student, others[0], others[1], weight).backward()
     assert student.grad.abs().sum() > 0
     assert others.grad is None and weight.grad is None
-
-
-@pytest.mark.parametrize("num_proposals", [0, 2])
-def test_no_foreground_is_zero_and_still_has_a_graph(num_proposals):
-    student = torch.randn(num_proposals, 4, requires_grad=True)
-    others, weight = torch.zeros(num_proposals, 4), torch.zeros(num_proposals)
-    loss = roi_regression(student, others, weight) + bounded_regression(student, others, others, weight)
-    if not num_proposals:
-        loss = loss + roi_classification(student, others)
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(student.grad, torch.zeros_like(student))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_is_that_of_finite_differences(loss):
-    student = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(3, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: loss(x, teacher), student)
 
 
 def test_shapes_are_checked():
@@ -146,6 +107,14 @@ def test_shapes_are_checked():
     for loss in (roi_regression, lambda s, t, w: bounded_regression(s, t, t, w)):
         with pytest.raises(ValueError, match=r"weight has shape \(2,\) for values \(3, 4\); it must be \(3,\)"):
             loss(values, values, weight[:2])
+    for width in (6, 12):
+        deltas = torch.zeros(3, width)
+        with pytest.raises(ValueError, match=rf"bounded_regression: deltas have shape \(3, {width}\); .* be \(N, 4\)"):
+            bounded_regression(deltas, deltas, deltas, weight)
+    with pytest.raises(
+        ValueError, match=r"roi_regression: deltas have shape \(3, 6\); .* be \(N, K \* 4\) or \(N, 4\)"
+    ):
+        roi_regression(torch.zeros(3, 6), torch.zeros(3, 6), weight)
     with pytest.raises(ValueError, match=r"class_deltas: deltas have shape \(3, 6\)"):
         class_deltas(torch.zeros(3, 6), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"class_deltas: labels have shape \(2,\) for deltas \(3, 4\)"):
