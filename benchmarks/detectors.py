@@ -21,6 +21,7 @@ from distill.report import human_count
 
 CONFIG = "configs/bccd.yaml"
 ALONE = ["teacher=null", "losses={}"]
+VIEWS = "data.augment.views=4"  # of each image, for the students of pairs: a teacher is asked for each once
 # all from scratch: of most families no pretrained weights are to be had without a hub
 FAMILIES: dict[str, dict[str, Any]] = {
     "dense_task_aligned": {"backbone": "resnet18", "channels": 64, "head_depth": 1},
@@ -75,20 +76,14 @@ def compare(folder: Path, pair: str, base: Sequence[str], seeds: int) -> dict[st
     """AP of a pair's student, plain and taught, a seed each."""
     teacher, student, weights = PAIRS[pair]
     losses = {name: {"name": name, "weight": weight} for name, weight in weights.items()}
-    ways = {
-        "plain": ALONE,
-        "taught": [
-            setting("teacher", {"path": str(folder / teacher / "student")}),
-            setting("losses", losses),
-            "balance=gradient",
-        ],
-    }
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, list[float]] = {"plain": [], "taught": []}
     for seed in range(seeds):
-        for way, overrides in ways.items():
-            place = folder / pair.replace(" ", "_") / f"{way}{seed}"
-            run = run_arm(place, CONFIG, [*base, setting("student", student), *overrides, f"seed={seed}"])
-            found[way].append(run["student"]["ap"])
+        place = folder / pair.replace(" ", "_")
+        teaching = {"path": str(folder / teacher / "student"), "cache": str(place / f"cache{seed}")}
+        taught = [setting("teacher", teaching), setting("losses", losses), "balance=gradient"]
+        for way, overrides in (("plain", ALONE), ("taught", taught)):
+            settings = [*base, VIEWS, setting("student", student), *overrides, f"seed={seed}"]
+            found[way].append(run_arm(place / f"{way}{seed}", CONFIG, settings)["student"]["ap"])
     return found
 
 
