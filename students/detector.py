@@ -115,6 +115,18 @@ class Detector(nn.Module, ABC):
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()
 
+    @classmethod
+    def told_classes(cls, weights: str) -> list[str]:
+        """The classes that first weights are known to be of, in label order; empty where they do not tell.
+
+        Args:
+            weights: as for the detector, and of all of it.
+
+        Raises:
+            ValueError: a file that cannot be read.
+        """
+        return read_tensors(Path(weights))[1]
+
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         """What the forward pass calls as a whole and can be compiled; the pyramid lies between them, as losses are

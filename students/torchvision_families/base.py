@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from students.detector import Detections, Detector, replace_rows
-from students.torchvision_families.weights import FirstWeights
+from students.torchvision_families.weights import FirstWeights, told_classes
 
 
 class TorchvisionDetector(Detector):
@@ -44,6 +44,10 @@ class TorchvisionDetector(Detector):
         self.register_buffer("mean", torch.tensor(model.transform.image_mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(model.transform.image_std).view(1, 3, 1, 1))
         self.register_buffer("class_channels", torch.tensor(first.class_channels))
+
+    @classmethod
+    def told_classes(cls, weights: str) -> list[str]:
+        return told_classes(weights)
 
     @property
     @abstractmethod

@@ -1,17 +1,14 @@
 """Where a torchvision detector's first tensors come from, and which classes of its head are ours."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
-import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import WeightsEnum
 
-from students.backbone import read_weights
+from students.checkpoint import OtherClassesError, read_tensors, require_tensors
 
-# how load_state_dict words it; the shapes in brackets
-SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\(\[(.*?)\]\) from .*?torch\.Size\(\[(.*?)\]\)")
 # torchvision's first checkpoints with frozen norms were trained without an epsilon, see its `overwrite_eps`
 WITHOUT_EPSILON = ("fasterrcnn_resnet50_fpn_coco", "maskrcnn_resnet50_fpn_coco", "retinanet_resnet50_fpn_coco")
 
@@ -25,7 +22,7 @@ class FirstWeights:
     Args:
         weights: `none`; `imagenet`, the backbone's, or `coco`, the whole detector's, both from torchvision's hub; or
             the path of a .pth or .safetensors file with torchvision's names, of the detector or of the classifier that
-            its backbone is taken from.
+            its backbone is taken from. Classes go by name where the weights tell theirs, else in their order.
         coco: the detector's own weights; None where torchvision has none for these settings.
         imagenet: its backbone's.
         class_names: our classes, in label order.
@@ -53,7 +50,7 @@ class FirstWeights:
     ):
         if not class_names:
             raise ValueError("class_names: the list of classes is empty; a detector needs at least one")
-        self.source, self.new_head = weights, new_head
+        self.source, self.new_head, self.class_names = weights, new_head, class_names
         self.detector: dict[str, Tensor] = {}
         self.classifier: dict[str, Tensor] = {}
         self.notes: list[str] = []
@@ -64,6 +61,7 @@ class FirstWeights:
             raise ValueError(
                 "weights: torchvision has coco weights for its own backbones and widths only; leave those settings out"
             )
+        names: list[str] = []  # of the classes that it knows
         # files keep the name they have in the hub
         from_coco = weights == "coco" or (coco is not None and Path(weights).name == PurePosixPath(coco.url).name)
         if weights == "coco":
@@ -71,22 +69,24 @@ class FirstWeights:
         elif weights == "imagenet":
             self.classifier = fetch(imagenet)
         elif self.trained:
-            state = read_weights(Path(weights))
+            state, names = read_tensors(Path(weights))
             if any(name.startswith("backbone.") for name in state):
                 self.detector = state
             else:
                 self.classifier = state
         self.lacks_epsilon = from_coco and any(name in coco.url for name in WITHOUT_EPSILON)
-        if from_coco and not new_head:
-            categories = coco.meta["categories"]
-            unknown = [name for name in class_names if name not in categories[1:]]
+        if from_coco:
+            names = coco.meta["categories"][1:]
+        self.names = names if self.detector else []
+        if self.names and not new_head:
+            unknown = [name for name in class_names if name not in names]
             if unknown:
                 raise ValueError(
-                    f"weights: {weights} knows no class {unknown[0]!r}, its own are {', '.join(categories[1:4])}, ...; "
+                    f"weights: {weights} knows no class {unknown[0]!r}, its own are {', '.join(names[:3])}, ...; "
                     "say new_head: true to start the class layers anew"
                 )
-            self.head_classes = len(categories)
-            self.class_channels = [categories.index(name) for name in class_names]
+            self.head_classes = len(names) + 1
+            self.class_channels = [names.index(name) + 1 for name in class_names]
         if self.detector and new_head:
             self.notes.append(f"its class layers start anew, all else comes from {weights}")
 
@@ -102,8 +102,7 @@ class FirstWeights:
         """
         if self.classifier:
             below = {name.removeprefix(prefix): x for name, x in self.classifier.items() if name.startswith(prefix)}
-            own = body.state_dict()
-            fill(body, {name: x for name, x in below.items() if name in own}, self.source)
+            fill(body, below, self.source, beyond=True)
 
     def load_detector(self, model: nn.Module, class_layers: Sequence[str], unused: Sequence[str] = ()) -> None:
         """Fills a whole detector; no-op where there are no such tensors.
@@ -120,14 +119,26 @@ class FirstWeights:
             return
         left_out = (*unused, *(class_layers if self.new_head else ()))
         state = {name: x for name, x in self.detector.items() if not name.startswith(tuple(left_out))}
-        kept = {
-            name: x for name, x in model.state_dict().items() if self.new_head and name.startswith(tuple(class_layers))
-        }
-        fill(model, state | kept, self.source, class_layers)
+        own = model.state_dict()
+        of_classes = {name: x for name, x in own.items() if name.startswith(tuple(class_layers))}
+        if self.new_head:
+            state |= of_classes
+        else:
+            self._require_classes(state, own, of_classes)
+        fill(model, state, self.source)
         if self.lacks_epsilon:
             for norm in model.backbone.modules():
                 if hasattr(norm, "running_var"):
                     norm.running_var -= norm.eps  # so that the variance that is divided by is the checkpoint's own
+
+    def _require_classes(self, state: dict[str, Tensor], own: dict[str, Tensor], of_classes: Collection[str]) -> None:
+        """Raises an `OtherClassesError` where a file is of this detector, but for the number of classes."""
+        unlike = [name for name, x in own.items() if name in state and state[name].shape != x.shape]
+        if unlike and set(unlike) <= set(of_classes):
+            found, wanted = state[unlike[0]], own[unlike[0]]
+            number, rest = divmod(len(found) * self.head_classes, len(wanted))
+            if found.shape[1:] == wanted.shape[1:] and not rest:
+                raise OtherClassesError(self.source, number - 1, self.names, self.class_names)
 
 
 def fetch(weights: WeightsEnum) -> dict[str, Tensor]:
@@ -141,32 +152,36 @@ def fetch(weights: WeightsEnum) -> dict[str, Tensor]:
         ) from None
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], source: str, class_layers: Sequence[str] = ()) -> None:
-    """`load_state_dict`, with a one-line reason where it fails. Counters of batch norms may be missing.
+def told_classes(weights: str) -> list[str]:
+    """The classes that a whole detector's weights are known to be of, in label order; empty where nothing tells.
+
+    Args:
+        weights: see `FirstWeights`.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    if weights in ("none", "imagenet"):
+        return []
+    if weights == "coco" or Path(weights).name in _hub_names():
+        categories = models.detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+        return [name for name in categories[1:] if name != "N/A"]
+    return read_tensors(Path(weights))[1]
+
+
+def _hub_names() -> set[str]:
+    """Of the files of torchvision's detectors."""
+    weights = (models.get_model_weights(name)["COCO_V1"] for name in models.list_models(module=models.detection))
+    return {PurePosixPath(each.url).name for each in weights if len(each.meta["categories"]) > 2}
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], source: str, beyond: bool = False) -> None:
+    """`load_state_dict`, with a one-line reason where it fails; see `require_tensors`.
 
     Raises:
         ValueError: names or shapes that do not fit.
     """
-    with torch.no_grad():
-        try:
-            missing, unexpected = module.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            found = SIZE_MISMATCH.findall(str(error))
-            shown = "; ".join(f"{name} is ({theirs}), here ({ours})" for name, theirs, ours in found[:2])
-            only_classes = class_layers and all(name.startswith(tuple(class_layers)) for name, *_ in found)
-            way_out = (
-                "new_head: true, to start the class layers anew" if only_classes else "the settings it was made with"
-            )
-            raise ValueError(
-                f"weights: {source} has {len(found)} tensors of other shapes: {shown}; give {way_out}"
-            ) from None
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise ValueError(
-            f"weights: {source} does not fit: it lacks {len(missing)} tensors{_first(missing)} and has "
-            f"{len(unexpected)} unknown ones{_first(unexpected)}; it needs torchvision's names for this detector"
-        )
-
-
-def _first(names: Sequence[str]) -> str:
-    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
+    way_out = "give the settings it was made with, and a file with torchvision's names"
+    own = module.state_dict()
+    require_tensors(own, state, source, beyond=beyond, way_out=way_out)
+    module.load_state_dict({name: x for name, x in state.items() if name in own}, strict=False)

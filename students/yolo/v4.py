@@ -147,6 +147,10 @@ class YOLOv4Detector(YOLODetector):
         if weights != "none":
             self.notes = load_darknet(self, list(self.darknet_order()), Path(weights), new_head)
 
+    @classmethod
+    def told_classes(cls, weights: str) -> list[str]:
+        return []  # a Darknet file has no names
+
     def darknet_order(self) -> Iterator[Conv | int]:
         """The convolutions in the order that the authors' configuration lists them in, and in their places the levels
         whose detection layer comes there."""

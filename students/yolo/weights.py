@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from students.checkpoint import describe_shape, read_tensors, require_tensors
+from students.checkpoint import OtherClassesError, describe_shape, read_tensors, require_tensors
 from students.yolo.blocks import C3, SPPCSPC, SPPF, Conv, RepConv
 from students.yolo.head import STRIDES, AnchorHead
 
@@ -111,13 +111,12 @@ def read_head_layers(layer: dict[str, Tensor], prefix: str, head: AnchorHead) ->
     for level, boxes in enumerate(head.boxes):
         names = {name: f"{name}.{level}" for name in ("ia", "im")}
         used |= {f"m.{level}.weight", f"m.{level}.bias", *(f"{name}.implicit" for name in names.values())}
-        weight, bias = layer.get(f"m.{level}.weight"), layer.get(f"m.{level}.bias")
+        weight, bias, columns = layer.get(f"m.{level}.weight"), layer.get(f"m.{level}.bias"), boxes.in_channels
+        wanted = f"({anchors} * (5 + classes), {columns}, 1, 1)"
         if weight is None or bias is None:
-            problems.append(f"it lacks {prefix}m.{level}.weight and .bias")
+            problems.append(f"it lacks {prefix}m.{level}.weight {wanted} or its bias")
             continue
-        columns = boxes.in_channels
         if weight.shape[1:] != (columns, 1, 1) or len(weight) % anchors or len(weight) <= 5 * anchors:
-            wanted = f"({anchors} * (5 + classes), {columns}, 1, 1)"
             problems.append(f"{prefix}m.{level}.weight is {describe_shape(weight)}, here {wanted}")
             continue
         added, factor = (layer.get(f"{name}.implicit") for name in names.values())
@@ -126,7 +125,8 @@ def read_head_layers(layer: dict[str, Tensor], prefix: str, head: AnchorHead) ->
         if factor is not None:
             weight, bias = weight * factor.view(-1, 1, 1, 1), bias * factor.view(-1)
         rows[f"weight.{level}"], rows[f"bias.{level}"] = (x.unflatten(0, (anchors, -1)) for x in (weight, bias))
-    problems += [f"it has {prefix}{key}, which is not here" for key in layer if key not in known | used]
+    unknown = ((key, x) for key, x in layer.items() if key not in known | used)
+    problems += [f"it has {prefix}{key} {describe_shape(x)}, which is not here" for key, x in unknown]
     return rows, problems
 
 
@@ -147,7 +147,7 @@ def fill_head(
         What a user should be told.
 
     Raises:
-        ValueError: other classes, and `new_head` is not asked for.
+        OtherClassesError: just that, and `new_head` is not asked for.
     """
     head, own = detector.head, detector.class_names
     number = rows["weight.0"].shape[1] - 5
@@ -157,11 +157,7 @@ def fill_head(
     else:
         labels = list(range(number))
         if number != len(own) and not new_head:
-            what = f"none of them {next(name for name in own if name not in names)!r}" if names else "without names"
-            raise ValueError(
-                f"weights: {source} has {number} classes, {what}, here there are {len(own)}; say new_head: true to "
-                "start the class layers anew"
-            )
+            raise OtherClassesError(source, number, names, own)
     if "anchor_sizes" in rows:
         head.anchor_sizes.copy_(rows["anchor_sizes"])
     for level in range(len(head.boxes)):
