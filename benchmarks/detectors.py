@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be a benchmark
 
+import students
 from benchmarks.arms import ROOT, markdown, points, run_arm, setting
+from distill.measure import count_macs, count_parameters
 from distill.report import human_count
 
 CONFIG = "configs/bccd.yaml"
@@ -44,6 +48,18 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
         {"pseudo_label": 1.0, "pkd": 1.0},
     ),
     "retinanet teaches yolov5": ("retinanet", {"name": "yolov5", "size": "n"}, {"pseudo_label": 1.0, "pkd": 1.0}),
+}
+# parameters in millions, and billions of FLOPs at 640 px, as their authors tell them
+PUBLISHED: dict[tuple[str, ...], tuple[float, float]] = {
+    # for 80 classes its authors' program tells 128.5 at 608 px: in proportion to the pixels
+    ("yolov4",): (64.4, 128.5 * (640 / 608) ** 2),
+    ("yolov5", "n"): (1.9, 4.5),
+    ("yolov5", "s"): (7.2, 16.5),
+    ("yolov5", "m"): (21.2, 49.0),
+    ("yolov5", "l"): (46.5, 109.1),
+    ("yolov5", "x"): (86.7, 205.7),
+    ("yolov7",): (36.9, 104.7),
+    ("yolov7_tiny",): (6.2, 13.8),
 }
 
 
@@ -87,6 +103,17 @@ def compare(folder: Path, pair: str, base: Sequence[str], seeds: int) -> dict[st
     return found
 
 
+def costs_as_published(network: tuple[str, ...]) -> tuple[int, int]:
+    """Parameters, and FLOPs of an image of 640x640 px (two for a MAC), of a key of `PUBLISHED`: of 80 classes, in the
+    form for use, with convolutions of several branches merged."""
+    family, *size = network
+    with torch.device("meta"):
+        detector = students.build(
+            family, class_names=[f"class {number}" for number in range(80)], **({"size": size[0]} if size else {})
+        ).deployed()
+    return count_parameters(detector), 2 * count_macs(detector, (640, 640))
+
+
 def document(
     families: dict[str, dict[str, Any]],
     pairs: dict[str, dict[str, list[float]]],
@@ -124,7 +151,21 @@ A teacher of another kind, one of those above, {seeds} seeds: what it detects is
     for name, found in pairs.items():
         teacher = families[PAIRS[name][0]]["ap"]
         rows.append([name, f"{100 * teacher:.1f}", points(found["plain"]), points(found["taught"])])
-    return text + markdown(["", "teacher", "plain student", "taught student"], rows)
+    text += markdown(["", "teacher", "plain student", "taught student"], rows)
+    text += """
+## Sizes
+
+The YOLO detectors against what is published of them, for 80 classes at 640x640 px; a multiply-accumulate is two FLOPs.
+YOLOv7 is counted in the form for use, its branches merged. What is published of YOLOv4 is for 608 px, and was taken in
+proportion to the pixels; the 1.9M parameters of YOLOv5n are 1.87M, rounded.
+
+"""
+    rows = []
+    for network, (millions, billions) in PUBLISHED.items():
+        params, flops = costs_as_published(network)
+        costs = (f"{params / 1e6:.2f}M", f"{millions:.1f}M", f"{flops / 1e9:.1f}G", f"{billions:.1f}G")
+        rows.append([f"`{''.join(network)}`", *costs])
+    return text + markdown(["", "parameters", "published", "FLOPs", "published"], rows)
 
 
 if __name__ == "__main__":
