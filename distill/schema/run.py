@@ -37,9 +37,9 @@ class GuardConfig(Section):
 
     every: Count = 5  # epochs between looks at the terms' gradients and at the teacher, the first one at the start
     dominates: Positive = 100.0  # how many times the task's gradient a term's may be
-    dominating_term: Literal["warn", "stop"] = (
-        "warn"  # where it is more; at first it may be, as the task's is still flat
-    )
+    # where it is more; skip leaves it out until the next look. A new head hardly passes the task's gradient on to the
+    # pyramid, so that some losses are far above it at first with the weights that their authors give them
+    dominating_term: Literal["warn", "skip", "stop"] = "warn"
     bad_term: Literal["stop", "skip"] = "stop"  # where a term is no number
 
 
