@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -283,6 +283,7 @@ def fit(run: Run) -> bool:
             report.warn(f"{reason}; the one before it is taken")
         within = f", {progress.within.step} steps of the next" if progress.within else ""
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
+    unit.combiner.left_out = frozenset(progress.left_out)
     originals = config.teachers_itself("original")
     asleep = [] if progress.before or isinstance(config.student, ArtifactConfig) else originals
     unit.silence(asleep)
@@ -360,7 +361,8 @@ def fit(run: Run) -> bool:
             save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
 
         if starts and unit.terms and (epoch % config.guards.every == 0 or woken):
-            look_at_losses(run)
+            progress.left_out = look_at_losses(run)
+            unit.combiner.left_out = frozenset(progress.left_out)
             check_unchanged(teachers, untouched)
 
         set_epoch(loader, epoch)
@@ -426,14 +428,23 @@ def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:
             students.save(detector, folder, info)
 
 
-def look_at_losses(run: Run) -> None:
-    """Warns, or stops the run, where a knowledge loss teaches nothing or drowns the task."""
+def look_at_losses(run: Run) -> list[str]:
+    """Stops the run where a knowledge loss teaches nothing; where one drowns the task, does what the settings say.
+
+    Returns:
+        The names of the losses to leave out until the next look.
+    """
     batch = find_objects(run.unit, run.teachers, run.calibration_batches())
     alike = [name for name, teacher in run.config.all_teachers.items() if teacher.itself]
-    for line in check_terms(run.unit, run.teachers, batch, run.config.guards.dominates, alike) if batch else ():
-        if run.config.guards.dominating_term == "stop":
-            raise UserError(line)
-        run.report.warn(line)
+    settings = run.config.guards
+    found = check_terms(run.unit, run.teachers, batch, settings.dominates, alike) if batch else {}
+    found = gather_object([found])[0]  # of the main process, so that no rounding lets others train on other losses
+    if found and settings.dominating_term == "stop":
+        raise UserError(f"{next(iter(found.values()))}; guards.dominating_term=warn goes on")
+    skips = settings.dominating_term == "skip"
+    for line in found.values():
+        run.report.warn(f"{line}; until the next look it is left out" if skips else line)
+    return list(found) if skips else []
 
 
 def train_epoch(

@@ -36,6 +36,7 @@ from distill.pruning.sparsity import SparsityPenalty
 from distill.schema import ArtifactConfig, Config, DataConfig, DetectorConfig, TeacherConfig, TermConfig, TimedSection
 from distill.terms import TERMS, FeatureTerm, KnowledgeTerm
 from distill.terms.adapter import ChannelSelection
+from distill.terms.published import published
 from students import Detector
 from teachers import FeatureTeacher, ScaledDetector, inherit, speak
 
@@ -312,8 +313,12 @@ def build_unit(config: Config, student: Detector, teachers: dict[str, Detector])
     for name, term in terms.items():
         if config.pruning and config.all_teachers[taught_by[name]].itself == "ema":
             check_follows(term, f"losses.{name}", config.losses[name].name)
+    left_out = {
+        name: 1.0 if config.balance == "gradient" else published(loss.name, student)["weight"]
+        for name, loss in config.losses.items()
+    }
     combiner = Combiner(
-        {name: config.weight_of(name) for name in config.losses},
+        {name: left_out[name] if loss.weight is None else loss.weight for name, loss in config.losses.items()},
         {name: WeightSchedule(**loss.schedule.model_dump()) for name, loss in config.losses.items()},
         config.train.epochs,
         config.balance,
@@ -326,7 +331,8 @@ def build_term(
     config: TermConfig, student: Detector, teacher: Detector, name: str, unlabelled: bool = False
 ) -> KnowledgeTerm:
     """One knowledge term between two detectors; `unlabelled` tells whether there are images without boxes."""
-    settings, kind = config.model_dump(exclude={"name", "teacher", "weight", "schedule"}), TERMS[config.name]
+    settings, kind = published(config.name, student) | config.model_dump(exclude_none=True), TERMS[config.name]
+    settings = {key: value for key, value in settings.items() if key not in ("name", "teacher", "weight", "schedule")}
     if not teacher.detects and (kind.uses_head or (kind.uses_boxes and unlabelled)):
         reason = "a head" if kind.uses_head else "boxes, which unlabelled images lack and its teacher does not see"
         fitting = (n for n, term in TERMS.items() if not (term.uses_head or (term.uses_boxes and unlabelled)))

@@ -56,6 +56,7 @@ class Progress:
         cuts: what each cut took, blocks by name and an entry of `Pruner.explain` a group; the main process's alone.
         retreats: the cuts that were taken back, see `distill.pruning.guard`.
         best: epoch and AP of the best student within the budget, where one is kept.
+        left_out: losses that are left out until the guard's next look.
     """
 
     uncut_macs: int
@@ -69,6 +70,7 @@ class Progress:
     cuts: list[dict[str, Any]] = field(default_factory=list)
     retreats: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    left_out: list[str] = field(default_factory=list)
 
     def record_cut(self, plan: Plan, left: float | None, groups: list[dict[str, Any]]) -> None:
         """Enters a cut that was made before the present epoch, what it leaves, and what each group lost."""

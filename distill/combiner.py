@@ -1,6 +1,8 @@
 """Brings the task's loss and the knowledge terms into one sum: weights, their schedules, and gradient balance."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,12 @@ class WeightSchedule:
         ramp = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
         return ramp * (self.final + (1 - self.final) * left)
 
+    def peak(self, epoch: float, epochs: int) -> float:
+        """The largest share that counts from `epoch` on, looked for at a hundred moments of the time that is left."""
+        end = epochs if self.stop_epoch is None else min(epochs, self.stop_epoch)
+        left = max(0.0, end - epoch)
+        return max(self.at(epoch + left * i / 100, epochs) for i in range(101))
+
 
 class Combiner(nn.Module):
     """The sum of the task's loss and the weighted knowledge terms.
@@ -58,6 +66,7 @@ class Combiner(nn.Module):
         step: steps done in the whole run; the loop sets it before every step.
         epoch: the same in epochs, with a fraction.
         silent: terms that count nothing, whatever their weight, as their teacher is not there yet.
+        left_out: terms that count nothing until a guard has looked at them again.
     """
 
     EAGER, EVERY = 10, 10  # steps measured at the start, steps between
@@ -76,6 +85,8 @@ class Combiner(nn.Module):
         self.balance = balance
         self.step, self.epoch = 0, 0.0
         self.silent: frozenset[str] = frozenset()
+        self.left_out: frozenset[str] = frozenset()
+        self._ahead = False
         self._bad: Tensor | None = None
         self._bad_step: Tensor | None = None
         if balance == "gradient":
@@ -84,9 +95,20 @@ class Combiner(nn.Module):
 
     def weight(self, name: str) -> float:
         """The weight, or share, of a term at the present epoch."""
-        if name in self.silent:
+        schedule = self.schedules[name]
+        if name in self.silent or (name in self.left_out and not self._ahead):
             return 0.0
-        return self.weights[name] * self.schedules[name].at(self.epoch, self.epochs)
+        return self.weights[name] * (schedule.peak if self._ahead else schedule.at)(self.epoch, self.epochs)
+
+    @contextmanager
+    def at_most(self) -> Iterator[None]:
+        """Within, terms weigh the most that they will from the present epoch on, those that are left out too: whoever
+        judges them is not to be misled by a warm-up."""
+        self._ahead = True
+        try:
+            yield
+        finally:
+            self._ahead = False
 
     def forward(
         self, task: Tensor, terms: dict[str, Tensor], features: tuple[Tensor, ...]

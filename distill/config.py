@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+import losses
 from distill.errors import UserError
 from distill.schema import LOSSES, Config, Section
 
@@ -111,9 +112,12 @@ def explain(error: ValidationError) -> str:
             return f"{key}: found {value!r}; a section with name: {options} is needed{more}"
         if "name" not in value:
             return f"{key}.name: is missing; choose {options}{more}"
-        near = difflib.get_close_matches(str(value["name"]), options.replace("'", "").split(", "), 1)
+        name = str(value["name"])
+        near = difflib.get_close_matches(name, options.replace("'", "").split(", "), 1)
         hint = f", did you mean {near[0]}" if near else ""
-        return f"{key}: name {value['name']!r} is not allowed{hint}; choose name: {options}{more}"
+        function = next((f for f in losses.__all__ if f"{f}_".startswith(f"{name}_")), None)
+        hint = f" (losses.{function} is for tensors only)" if function else hint
+        return f"{key}: name {name!r} is not allowed{hint}; choose name: {options}{more}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}: found {value!r}; a section is needed, with keys of its own such as in configs/*.yaml{more}"
     if kind == "value_error":

@@ -133,12 +133,12 @@ class Distiller(nn.Module):
             wait_for(lesson.stream, lesson.output)
         terms = {}
         for name, term in self.terms.items():
-            value = None
-            if self.combiner.weight(name):
+            value, weight = None, self.combiner.weight(name)
+            if weight:
                 lesson = lessons[self.taught_by[name]]
                 judged = hide_classes(output, lesson.unknown, self.student.anchors)
                 value = term(judged, lesson.output, lesson.targets, image_size)
-            if value is not None and self.skip_bad and not value.isfinite():
+            if value is not None and self.skip_bad and not (weight * value).isfinite():
                 self.skipped[name] += 1
                 value = None
             # what counts nothing keeps its adapters in the graph, so that ranks stay in step

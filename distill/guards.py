@@ -44,12 +44,12 @@ def find_objects(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iter
 
 def check_terms(
     unit: Distiller, teachers: Mapping[str, Teacher], batch: Batch, dominates: float, alike: Collection[str] = ()
-) -> list[str]:
-    """Looks at each knowledge term's gradient at the student's pyramid, as it is weighted at present.
+) -> dict[str, str]:
+    """Looks at each knowledge term's gradient at the student's pyramid, by the most that it will weigh from now on.
 
     The unit is in train mode, as gradients are in training: before it, untrained batch norms would not normalise yet.
     All the same nothing changes, batch norms and the random generator are put back. Every rank must be given the same
-    batch. Terms that count nothing at present are passed over.
+    batch. Terms that will count nothing any more, or whose teacher is not there yet, are passed over.
 
     Args:
         unit: the student with its terms.
@@ -59,7 +59,7 @@ def check_terms(
         alike: names of teachers that are as the student is at first, and so have nothing to say then.
 
     Returns:
-        A line for each term that dominates.
+        A line for each term that dominates, by name.
 
     Raises:
         UserError: a term that has no gradient; or a teacher has been given gradients.
@@ -68,29 +68,32 @@ def check_terms(
     devices = [] if device.type == "cpu" else [device]
     modes = [(module, module.training) for module in unit.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in unit.buffers()]
-    with torch.enable_grad(), torch.random.fork_rng(devices, device_type=device.type):
+    combiner = unit.combiner
+    with combiner.at_most(), torch.enable_grad(), torch.random.fork_rng(devices, device_type=device.type):
         lessons = unit.train().ask(teachers, batch.images, batch.targets)
         task, terms, features = unit.losses(batch.images, batch.targets, lessons)
         task_norm, *norms = gradient_norms([task, *terms.values()], features).tolist()
+        shares = [combiner.share(name, task_norm, norm) if task_norm else 0.0 for name, norm in zip(terms, norms)]
+        counts = [combiner.weight(name) > 0 for name in terms]
     for module, training in modes:
         module.training = training
     for buffer, before in buffers:
         buffer.copy_(before)
-    dominating = []
-    for name, norm in zip(terms, norms):
-        if not unit.combiner.weight(name):
+    dominating = {}
+    for name, norm, share, counting in zip(terms, norms, shares, counts):
+        if not counting:
             continue
         if norm == 0 and unit.taught_by[name] in alike:
             continue
         if not norm > 0:  # NaN too
             found = "no gradient" if norm == 0 else "a gradient that is no number"
             raise UserError(f"losses.{name}: gives the student {found}, so it teaches nothing; leave it out")
-        share = unit.combiner.share(name, task_norm, norm) if task_norm else 0.0
         if share > dominates:
-            fitting = unit.combiner.weights[name] * dominates / share
-            dominating.append(
-                f"losses.{name}: its gradient is {share:.0f} times the task's, more than guards.dominates, "
-                f"{dominates:g}; lower its weight below {fitting:.2g}, or say balance: gradient"
+            fitting = combiner.weights[name] * dominates / share
+            other = "" if combiner.balance == "gradient" else ", or say balance: gradient"
+            dominating[name] = (
+                f"losses.{name}: its gradient is {share:.3g} times the task's, more than guards.dominates, "
+                f"{dominates:g}; lower its weight below {fitting:.2g}{other}"
             )
     for key, teacher in teachers.items():
         touched = [name for name, p in teacher.detector.named_parameters() if p.grad is not None or p.requires_grad]

@@ -60,8 +60,10 @@ def human_milliseconds(latency: float | None) -> str:
 
 
 def human_share(fraction: float | None) -> str:
-    """0.5 -> '50%'."""
-    return "-" if fraction is None else f"{fraction:.0%}"
+    """0.5 -> '50%'; of what is next to nothing, such as an untrained teacher's AP, '>999%'."""
+    if fraction is None:
+        return "-"
+    return f"{fraction:.0%}" if fraction < 10 else ">999%"
 
 
 def human_ap(ap: float | None) -> str:

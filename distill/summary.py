@@ -13,7 +13,7 @@ from distill.measure import count_macs, count_nonzero, count_parameters
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
 from distill.report import counted, human_ap, human_count, human_macs, human_milliseconds, human_share
-from distill.schema import TEACHER, ArtifactConfig, Config, PruningConfig
+from distill.schema import TEACHER, ArtifactConfig, Config, PruningConfig, ScheduleConfig
 from distill.terms import KnowledgeTerm
 from students import Detector
 
@@ -65,7 +65,9 @@ def banner_rows(
         if terms:
             of = "" if len(teachers) == 1 else f" of {name}"
             rows[f"Distillation{of}"] = ", ".join(
-                f"{loss}: {config.losses[loss].name} x {config.weight_of(loss):g}{share}" for loss in terms
+                f"{loss}: {config.losses[loss].name} x {unit.combiner.weights[loss]:g}{share}"
+                + describe_schedule(config.losses[loss].schedule, config.train.epochs)
+                for loss in terms
             )
             rows |= {f"Levels{of}": pairings} if (pairings := describe_levels(terms)) else {}
     if pruner:
@@ -103,6 +105,19 @@ def times(epochs: Sequence[int], what: str) -> str:
     if len(epochs) > 2 and list(epochs) == list(range(epochs[0], epochs[-1] + 1)):
         numbers = [f"{numbers[0]} to {numbers[-1]}"]
     return f"{counted(len(epochs), what)} before {'epoch' if len(epochs) == 1 else 'epochs'} {', '.join(numbers)}"
+
+
+def describe_schedule(schedule: ScheduleConfig, epochs: int) -> str:
+    """Such as ' (warm-up 2 epochs, cosine to 0)'; nothing where a weight stays as it is."""
+    parts = []
+    if schedule.warmup_epochs:
+        parts.append(f"warm-up {schedule.warmup_epochs:g} epochs")
+        parts[0] += f", of which the run has {epochs}" if schedule.warmup_epochs > epochs else ""
+    if schedule.shape != "constant":
+        parts.append(f"{schedule.shape} to {schedule.final:g}")
+    if schedule.stop_epoch is not None:
+        parts.append(f"for the first {counted(schedule.stop_epoch, 'epoch')}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def describe_levels(terms: Mapping[str, KnowledgeTerm]) -> str:

@@ -91,7 +91,12 @@ def save(
         (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
         (new / PLANS).write_text(json.dumps([plan.to_json() for plan in detector.plans]) + "\n")
         plain = {key: value for key, value in detector.state_dict().items() if key not in shared}
-        tensors = {key: value.detach().cpu().contiguous() for key, value in plain.items()}
+        tensors, seen = {}, set()
+        for key, value in plain.items():
+            tensor, storage = value.detach().cpu().contiguous(), value.untyped_storage().data_ptr()
+            # a module in two places has two names; safetensors wants each tensor apart
+            tensors[key] = tensor.clone() if storage in seen else tensor
+            seen.add(storage)
         for key, value in shared.items():
             tensors |= {key + _INDICES: pack(value), key + _CODEBOOK: value.codebook.detach().cpu().contiguous()}
         formats = {key: json.dumps([value.bits, list(value.indices.shape)]) for key, value in shared.items()}

@@ -64,6 +64,28 @@ def summary(run):
     return entries
 
 
+def test_a_loss_that_dominates_stops_the_run_or_stays_left_out(start, interrupt, settings, tmp_path, capsys):
+    # balanced, its share is its weight; a warm-up of 6 epochs comes to a half of it in a run of 3
+    settings["losses"]["loud"] = {"name": "plain_mimic", "weight": 1000.0, "schedule": {"warmup_epochs": 6}}
+    settings |= {"pruning": None, "train": {"epochs": 3}, "guards": {"every": 2, "dominating_term": "stop"}}
+    said = "losses.loud: its gradient is 500 times the task's, more than guards.dominates, 100; "
+    said += "lower its weight below 2e+02"
+    assert start("stopped") == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {said}; guards.dominating_term=warn goes on\n"
+    settings["guards"]["dominating_term"] = "skip"
+    interrupt(2, while_distilling=True)
+    with pytest.raises(Interrupted):
+        start("broken")
+    assert start("broken", "--resume", str(tmp_path / "broken")) == 0
+    captured = capsys.readouterr()
+    told = [line for line in (captured.out + captured.err).splitlines() if said in line]
+    assert len(told) == 2 and all(line.endswith("until the next look it is left out") for line in told)  # epochs 1, 3
+    rows = results(tmp_path / "broken")
+    assert [float(row["loud"]) for row in rows] == [0, 0, 0]
+    assert all(float(row["soft_label"]) > 0 for row in rows)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(start, interrupt, tmp_path, capsys):
     # a trained teacher, all three losses, one cut before the interruption and one after
     whole, broken = tmp_path / "whole", tmp_path / "broken"

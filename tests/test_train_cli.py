@@ -262,7 +262,8 @@ def test_dry_run_builds_everything_and_writes_nothing(run, tmp_path):
         "8 train, 4 val",
         "8 classes; 64x64 px",
         "test_resnet: ",
-        "pkd x 0.5 of the task's gradient",
+        "pkd x 0.5 of the task's gradient (warm-up 1.5 epochs, cosine to 0)",
+        "attention_transfer x 0.2 of the task's gradient (for the first 4 epochs)",
         "to 50% of the MACs, 2 cuts",
     ):
         assert part in out, part

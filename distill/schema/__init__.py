@@ -3,7 +3,7 @@
 from distill.schema.base import Section
 from distill.schema.data import DataConfig
 from distill.schema.detectors import DETECTORS, ArtifactConfig, DetectorConfig
-from distill.schema.losses import LOSSES, LossConfig, TermConfig
+from distill.schema.losses import LOSSES, LossConfig, ScheduleConfig, TermConfig
 from distill.schema.pruning import PruningConfig, TimedSection
 from distill.schema.run import PENALTY, RESERVED, TEACHER, Config, TeacherConfig
 
@@ -19,6 +19,7 @@ __all__ = [
     "DetectorConfig",
     "LossConfig",
     "PruningConfig",
+    "ScheduleConfig",
     "Section",
     "TeacherConfig",
     "TermConfig",

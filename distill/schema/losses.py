@@ -1,10 +1,19 @@
 """Settings of the knowledge losses, a section a loss."""
 
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, Literal, Union
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.schema.base import Count, NotNegative, Number, Positive, Section, Share
+
+
+def _not_empty(levels: list[str]) -> list[str]:
+    if not levels:
+        raise ValueError("found []; name some, such as [P3, P4], or leave it out for all that find a partner")
+    return levels
+
+
+Levels = Annotated[list[str], AfterValidator(_not_empty)]
 
 
 class ScheduleConfig(Section):
@@ -19,16 +28,14 @@ class ScheduleConfig(Section):
 class TermConfig(Section):
     """What every knowledge term has; the other settings of each are those of its class in `distill.terms`.
 
-    A weight that is left out is 1, or where the loss is a sum over locations what its authors give it. With balance:
-    gradient, a weight is the share of the task's gradient, and 1 if left out.
+    What is null is as the loss's authors set it for the kind of detector that the student is, the weight too; see
+    `distill.terms.published`. With balance: gradient, a weight is the share of the task's gradient, and 1 if left out.
     """
 
-    published_weight: ClassVar[float] = 1.0
-
     teacher: str | None = None  # by name, where there are several
-    weight: NotNegative | None = None
+    weight: Annotated[NotNegative, Field(le=1e9)] | None = None
     schedule: ScheduleConfig = ScheduleConfig()
-    levels: list[str] | None = None  # such as [P3, P4]; all that find a partner if null
+    levels: Levels | None = None  # such as [P3, P4]; all that find a partner if null
 
 
 class DenseSigmoidConfig(TermConfig):
@@ -83,8 +90,6 @@ class MimicConfig(FeatureTermConfig):
 
 
 class MaskedMimicConfig(FeatureTermConfig):
-    published_weight = 0.01
-
     name: Literal["masked_mimic"]
 
 
@@ -94,21 +99,17 @@ class CWDConfig(FeatureTermConfig):
 
 
 class MGDConfig(FeatureTermConfig):
-    published_weight = 2e-5
-
     name: Literal["mgd"]
-    mask_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.65
+    mask_ratio: Annotated[Number, Field(ge=0, lt=1)] | None = None
 
 
 class FGDConfig(FeatureTermConfig):
-    """The defaults are the authors' for anchor-free one-stage detectors."""
-
     name: Literal["fgd"]
-    alpha: NotNegative = 1.6e-3
-    beta: NotNegative = 8e-4
-    gamma: NotNegative = 8e-4
-    lambda_: NotNegative = 8e-6
-    temperature: Positive = 0.8
+    alpha: NotNegative | None = None
+    beta: NotNegative | None = None
+    gamma: NotNegative | None = None
+    lambda_: NotNegative | None = None
+    temperature: Positive | None = None
 
 
 class AttentionTransferConfig(TermConfig):
@@ -117,21 +118,20 @@ class AttentionTransferConfig(TermConfig):
 
 
 class FGDAttentionConfig(FeatureTermConfig):
-    published_weight = 8e-4
-
     name: Literal["fgd_attention"]
     match: Literal["levels", "fused"] = "levels"
     temperature: Positive = 0.5
 
 
 class AttentionGuidedConfig(TermConfig):
-    """The defaults are the authors' for two-stage detectors."""
+    """Without the channel mask that goes with a temperature of 0.1 in the authors' one-stage detectors: it compares
+    channels one by one, which unlike widths and cuts do not allow."""
 
     name: Literal["attention_guided"]
     match: Literal["levels", "fused"] = "levels"
-    mask_weight: NotNegative = 7e-5
-    pooled_weight: NotNegative = 4e-3
-    relation_weight: NotNegative = 7e-5
+    mask_weight: NotNegative | None = None
+    pooled_weight: NotNegative | None = None
+    relation_weight: NotNegative | None = None
     temperature: Positive = 0.5
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
+from torch import nn
 
 from distill.schema.base import Count, ImageSize, NotNegative, Positive, Section, Seed, Share
 from distill.schema.data import DataConfig
 from distill.schema.detectors import ArtifactConfig, DetectorConfig
-from distill.schema.losses import LossConfig
+from distill.schema.losses import LossConfig, TermConfig
 from distill.schema.pruning import PruningConfig, TimedSection
 
 
@@ -37,9 +38,9 @@ class GuardConfig(Section):
 
     every: Count = 5  # epochs between looks at the terms' gradients and at the teacher, the first one at the start
     dominates: Positive = 100.0  # how many times the task's gradient a term's may be
-    dominating_term: Literal["warn", "stop"] = (
-        "warn"  # where it is more; at first it may be, as the task's is still flat
-    )
+    # where it is more; skip leaves it out until the next look. A new head hardly passes the task's gradient on to the
+    # pyramid, so that some losses are far above it at first with the weights that their authors give them
+    dominating_term: Literal["warn", "skip", "stop"] = "warn"
     bad_term: Literal["stop", "skip"] = "stop"  # where a term is no number
 
 
@@ -140,6 +141,10 @@ class TeacherConfig(Section):
         return self
 
 
+def _is_plain(name: str) -> bool:
+    return name.replace("_", "").replace("-", "").isalnum()
+
+
 TEACHER = "teacher"  # what a single one is called, here and in the run folder
 RESERVED = (
     "epoch", "task", "macs", "params", "teacher_ap", "lr", "seconds", "macs_left", "teacher_share", "epoch_time",
@@ -183,18 +188,17 @@ class Config(Section):
         """The name of the teacher that a loss belongs to."""
         return self.losses[loss].teacher or next(iter(self.all_teachers))
 
-    def weight_of(self, name: str) -> float:
-        """The weight of a knowledge term, given or not."""
-        loss = self.losses[name]
-        if loss.weight is not None:
-            return loss.weight
-        return 1.0 if self.balance == "gradient" else loss.published_weight
-
     @model_validator(mode="after")
     def _agree(self) -> "Config":
         taken = [name for name in self.losses if name in (*RESERVED, PENALTY) or name.startswith("ap")]
         if taken:
             raise ValueError(f"losses.{taken[0]}: a column of results.csv has this name already; give it another")
+        unfit = [name for name in self.losses if not _is_plain(name) or hasattr(nn.ModuleDict(), name)]
+        if unfit:
+            raise ValueError(
+                f"losses.{unfit[0]}: cannot be the name of a module; give letters, digits, - and _, and no word that "
+                "PyTorch's modules have, such as train"
+            )
         self._check_teachers()
         own, run = self.student, Path(self.output_dir).resolve()
         if isinstance(own, ArtifactConfig) and run in Path(own.path).resolve().parents:
@@ -254,13 +258,25 @@ class Config(Section):
             if teacher.itself:
                 self._check_itself(self.teacher_key(name), teacher.itself)
         for name in self.teachers:
-            if name == TEACHER or not name.replace("_", "").replace("-", "").isalnum():
+            if name == TEACHER or not _is_plain(name):
                 raise ValueError(f"teachers.{name}: is no name; give letters, digits, - and _, other than {TEACHER!r}")
         for key, loss in self.losses.items():
             if loss.teacher is None and len(names) > 1:
                 raise ValueError(f"losses.{key}.teacher: is missing; say whose loss it is: {', '.join(names)}")
             if loss.teacher is not None and names and loss.teacher not in names:
                 raise ValueError(f"losses.{key}.teacher: found {loss.teacher!r}; there is {', '.join(names)}")
+            begins, stop = self._begins(loss) if names else 0, loss.schedule.stop_epoch
+            if stop is not None and stop <= begins:
+                raise ValueError(
+                    f"losses.{key}.schedule.stop_epoch: found {stop}, but the loss begins with epoch {begins}, counted "
+                    f"from 0, so that it would never count; give {begins + 1} or more, or leave the loss out"
+                )
+
+    def _begins(self, loss: TermConfig) -> int:
+        """The epoch, counted from 0, before which a loss has no teacher."""
+        teacher = self.all_teachers[loss.teacher or next(iter(self.all_teachers))]
+        waits = teacher.itself == "original" and not isinstance(self.student, ArtifactConfig)
+        return self.pruning.planned_epochs[0] if waits else 0
 
     def _check_itself(self, key: str, kind: str) -> None:
         if self.inherit:
@@ -274,7 +290,7 @@ class Config(Section):
                     f"{key}: original has the new, untrained class layers of student.new_head; give the path of a "
                     "teacher that knows the classes"
                 )
-        elif not self.pruning:
+        elif not self.pruning or self.pruning.last_cut is None:
             raise ValueError(
                 f"{key}: original is the student before its first cut, and nothing cuts this one; add a pruning "
                 "section, or start from a detector that is there already (student.path)"

@@ -27,6 +27,30 @@ def test_schedules_at_known_epochs():
     assert WeightSchedule("linear", warmup_epochs=1).at(0.5, 4) == pytest.approx(0.4375)
 
 
+def test_the_most_that_is_still_to_come():
+    assert WeightSchedule().peak(0, 10) == 1
+    assert WeightSchedule(warmup_epochs=4).peak(0, 10) == 1
+    assert WeightSchedule(warmup_epochs=40).peak(0, 10) == pytest.approx(0.25)  # where the run ends, 10 of 40
+    assert WeightSchedule("linear").peak(4, 10) == pytest.approx(0.6)  # it only falls from here
+    # e / 8 * (1 - e / 10) is largest at e = 5
+    assert WeightSchedule("linear", warmup_epochs=8).peak(0, 10) == pytest.approx(0.3125, abs=1e-3)
+    assert WeightSchedule(warmup_epochs=4, stop_epoch=2).peak(0, 10) == pytest.approx(0.495)  # a hundredth before it
+    assert [WeightSchedule(stop_epoch=3).peak(e, 10) for e in (2.5, 3, 7)] == [1, 0, 0]
+
+
+def test_a_judge_sees_what_a_warm_up_or_a_guard_hides():
+    schedules = {"a": WeightSchedule(warmup_epochs=2), "b": WeightSchedule(stop_epoch=1), "c": WeightSchedule()}
+    combiner = Combiner({"a": 4.0, "b": 4.0, "c": 0.0, "d": 4.0, "e": 4.0}, schedules, epochs=10)
+    combiner.silent, combiner.left_out = frozenset("d"), frozenset("e")
+    names = "abcde"
+    assert [combiner.weight(name) for name in names] == [0, 4, 0, 0, 0]
+    with combiner.at_most():
+        assert [combiner.weight(name) for name in names] == [4, 4, 0, 0, 4]
+        combiner.epoch = 5
+        assert [combiner.weight(name) for name in names] == [4, 0, 0, 0, 4]
+    assert [combiner.weight(name) for name in names] == [4, 0, 0, 0, 0]
+
+
 def test_a_schedule_scales_the_weight(features):
     combiner = Combiner({"a": 4.0}, {"a": WeightSchedule("linear")}, epochs=10)
     combiner.epoch = 7.5

@@ -252,6 +252,20 @@ def test_overrides_that_are_none(write, override, message):
             "teacher={path: x, shard: true, precision: auto}",
             "teacher: precision: auto tries a teacher as a whole, and shard is for one that fits no device",
         ),
+        ("losses={a: {name: pkd, levels: []}}", "losses.a.levels: found []; name some, such as [P3, P4], or leave it "),
+        ("losses={a.b: {name: pkd}}", "losses.a.b: cannot be the name of a module; give letters, digits, - and _"),
+        ("losses={train: {name: pkd}}", "losses.train: cannot be the name of a module; give letters, digits, - and _"),
+        (
+            "losses={a: {name: pkd, schedule: {stop_epoch: 0}}}",
+            "losses.a.schedule.stop_epoch: found 0, but the loss begins with epoch 0, counted from 0, so that it would "
+            "never count; give 1 or more",
+        ),
+        (
+            "losses={a: {name: pkd, weight: 1e39}}",
+            "losses.a.weight: input should be less than or equal to 1000000000; f",
+        ),
+        ("losses={a: {name: dist}}", "losses.a: name 'dist' is not allowed (losses.dist is for tensors only); choose"),
+        ("losses={a: {name: query}}", "losses.a: name 'query' is not allowed (losses.query_distillation is for tens"),
         ("pruning.end=5", "pruning.end is 5, but train.epochs is 5, counted from 0, so nothing would be left"),
     ],
 )
@@ -328,6 +342,17 @@ def test_every_shipped_config_is_valid_and_says_what_it_is(repository):
         config = load_config(path)
         assert check_config(config.model_dump(mode="json"), "dumped") == config
         assert path.read_text().startswith("# "), path
+
+
+def test_a_loss_that_ends_before_its_teacher_is_there(settings):
+    settings |= {"teacher": "original", "losses": {"a": {"name": "pkd", "schedule": {"stop_epoch": 2}}}}
+    check_config(settings, "here")  # the first cut is before epoch 1
+    settings["losses"]["a"]["schedule"]["stop_epoch"] = 1
+    with pytest.raises(UserError, match=r"losses.a.schedule.stop_epoch: found 1, but the loss begins with epoch 1"):
+        check_config(settings, "here")
+    settings |= {"pruning": {"sparsity": {"scales": 1e-3}}}
+    with pytest.raises(UserError, match="teacher: original is the student before its first cut, and nothing cuts"):
+        check_config(settings, "here")
 
 
 def test_values_survive_the_run_folder(settings):

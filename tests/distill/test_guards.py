@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from distill.combiner import Combiner
+from distill.combiner import Combiner, WeightSchedule
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.errors import UserError
@@ -69,14 +69,34 @@ def test_a_term_without_gradient_is_named(make, batch):
 
 def test_a_term_that_dominates_is_named_with_a_weight_that_fits(make, batch):
     unit, teachers = make(PKDTerm, 1e6)
-    [line] = check_terms(unit, teachers, batch, 100.0)
-    assert re.match(r"losses.it: its gradient is \d+ times the task's, .* below ", line)
+    found = check_terms(unit, teachers, batch, 100.0)
+    line = found["it"]
+    assert list(found) == ["it"]
+    assert re.match(r"losses.it: its gradient is [\d.e+]+ times the task's, .* below ", line)
     fitting = float(line.partition("below ")[2].partition(",")[0])
     unit.combiner.weights["it"] = 0.9 * fitting
-    assert check_terms(unit, teachers, batch, 100.0) == []
+    assert check_terms(unit, teachers, batch, 100.0) == {}
     # as a share of the task's gradient it is what it says
     unit.combiner = Combiner({"it": 0.5}, balance="gradient")
-    assert check_terms(unit, teachers, batch, 100.0) == []
+    assert check_terms(unit, teachers, batch, 100.0) == {}
+
+
+@pytest.mark.parametrize("schedule", [WeightSchedule(warmup_epochs=1), WeightSchedule("linear", warmup_epochs=9)])
+def test_a_warm_up_hides_nothing(make, batch, schedule):
+    unit, teachers = make(PKDTerm, 1e7)
+    unit.combiner.schedules["it"], unit.combiner.epochs = schedule, 10
+    assert unit.combiner.weight("it") == 0
+    assert list(check_terms(unit, teachers, batch, 100.0)) == ["it"]
+    assert unit.combiner.weight("it") == 0
+    unit, teachers = make(Silent)
+    unit.combiner.schedules["it"], unit.combiner.epochs = schedule, 10
+    with pytest.raises(UserError, match=r"losses.it: gives the student no gradient"):
+        check_terms(unit, teachers, batch, 100.0)
+    unit.combiner.schedules["it"], unit.combiner.epoch = WeightSchedule(stop_epoch=2), 2.0
+    check_terms(unit, teachers, batch, 100.0)
+    unit.combiner.epoch = 0.0
+    unit.silence(["teacher"])
+    check_terms(unit, teachers, batch, 100.0)
 
 
 def test_a_teacher_that_learns_is_named(make, batch):
@@ -118,6 +138,12 @@ def test_a_broken_term_can_be_left_out_of_a_step(make, batch, build_tiny):
     assert parts["it"] == 0 and total == parts["task"] and total.isfinite()
     assert unit.skipped == {"it": 1}
     assert unit.combiner.bad_losses() == (0, [])
+
+
+def test_a_term_that_only_its_weight_makes_infinite_is_left_out_too(make, batch):
+    unit, teachers = make(PKDTerm, 3e38, skip_bad=True)  # float32 ends at 3.4e38
+    total, parts = unit(batch.images, batch.targets, unit.ask(teachers, batch.images, batch.targets))
+    assert parts["it"] == 0 and total == parts["task"] and unit.skipped == {"it": 1}
 
 
 def test_what_was_left_out_is_told_with_its_images(make, tmp_path):

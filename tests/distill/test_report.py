@@ -80,6 +80,7 @@ class Clock:
         (human_duration(None), "-"),
         (human_share(0.5), "50%"),
         (human_share(1.034), "103%"),
+        (human_share(91.95), ">999%"),
         (human_ap(0.5432), "0.543"),
         (human_loss(0.51234), "0.512"),
         (human_loss(0.0), "0.000"),

@@ -91,6 +91,23 @@ def test_weights_of_other_classes_are_found_by_name(page, tmp_path, images):
     assert unnamed.notes[0].startswith("its 4 classes are taken for those of")
 
 
+def test_a_module_in_two_places_is_saved(page, tmp_path, images):
+    (tmp_path / "my_tied.py").write_text(
+        "from my_detectors import MyStudent\n\n\n"
+        "class Tied(MyStudent):\n"
+        "    def __init__(self, *args, **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n"
+        "        self.network.again = self.network.stem\n"
+    )
+    torch.manual_seed(0)
+    detector = students.build("adapter", class_names=["a", "b"], code="my_tied:Tied").eval()
+    students.save(detector, tmp_path / "student")
+    loaded = students.load(tmp_path / "student")
+    assert loaded.network.again is loaded.network.stem
+    assert all(map(torch.equal, loaded(images).class_logits, detector(images).class_logits))
+    sys.modules.pop("my_tied")
+
+
 def test_weights_of_another_network_are_refused(page, tmp_path):
     file = tmp_path / "wide.pt"
     torch.save(build("MyTeacher", arguments={"width": 24}).network.state_dict(), file)

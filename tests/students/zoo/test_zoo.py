@@ -260,6 +260,16 @@ def test_channels_that_nothing_reads_can_go(family, tmp_path, images, targets):
 
 
 @installed
+def test_it_is_saved_and_rebuilt(family, tmp_path, images):
+    detector = shake(small(family)).eval()
+    students.save(detector, tmp_path / "saved")
+    loaded = students.load(tmp_path / "saved")
+    with torch.no_grad():
+        (boxes, scores), (found, sure) = detector.candidates(detector(images)), loaded.candidates(loaded(images))
+    assert torch.equal(boxes, found) and torch.equal(scores, sure)
+
+
+@installed
 def test_weights_by_path_are_complete_and_by_class_name(family, tmp_path, images):
     many = shake(small(family, class_names=["x", "b", "a"]))
     network = many.network
