@@ -213,16 +213,42 @@ def build_teachers(config: Config, class_names: list[str], student: Detector) ->
             detector = load_detector(teacher.path, key, class_names, teacher.class_map)
         else:
             image_size = teacher.image_size or config.data.image_size
-            detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
             if teacher.trained_first:
+                detector = build_detector(teacher.detector, class_names, image_size, f"{key}.detector")
                 require_learner(detector, f"{key}.detector")
-            elif detector.only_backbone:
-                raise UserError(
-                    f"{key}.detector.weights: {teacher.detector.weights} is a backbone's, so {detector.title} detects "
-                    f"nothing yet; give {key}.train to train it first, or the weights of a whole detector"
-                )
+            else:
+                detector = build_published(teacher, class_names, key)
+                check_image_size(detector, image_size, f"{key}.detector")
         teachers[name] = at_own_size(detector, teacher, config.data)
     return teachers
+
+
+def build_published(teacher: TeacherConfig, class_names: list[str], key: str) -> Detector:
+    """A teacher with the classes that its published weights know, brought to the student's by name; where the weights
+    tell no names, they know classes in the student's order, or by number: "0", "1", ..."""
+    settings = teacher.detector
+    arguments = settings.model_dump()
+    try:
+        told = students.told_classes(settings.name, settings.weights)
+        try:
+            detector = students.build(class_names=told or class_names, **arguments)
+        except students.OtherClassesError as error:
+            told = [str(label) for label in range(error.number)]
+            detector = students.build(class_names=told, **arguments)
+    except ValueError as error:
+        raise UserError(f"{key}.detector.{error}") from None
+    if detector.only_backbone:
+        raise UserError(
+            f"{key}.detector.weights: {settings.weights} is a backbone's, so {detector.title} detects nothing yet; "
+            f"give {key}.train to train it first, or the weights of a whole detector"
+        )
+    if teacher.class_map and not told:
+        detector.class_names = [str(label) for label in range(len(class_names))]
+    try:
+        speak(detector, class_names, teacher.class_map)
+    except ValueError as error:
+        raise UserError(f"{key}.{error}") from None
+    return detector
 
 
 def build_feature_teacher(teacher: TeacherConfig, data: DataConfig, key: str) -> FeatureTeacher:

@@ -1,7 +1,8 @@
 """Detectors that can be trained and pruned: the contract, its parts, its families, and how they are kept on disk."""
 
 from students.adapter import Adapter, DetectedOutput
-from students.artifact import FAMILIES, build, load, narrow, read_info, rebuild, renew_classes, save
+from students.artifact import FAMILIES, build, load, narrow, read_info, rebuild, renew_classes, save, told_classes
+from students.checkpoint import OtherClassesError
 from students.detector import IMPOSSIBLE, DenseOutput, Detections, Detector, of_images
 from students.plan import Plan, apply_plan
 from students.shared_weights import SharedWeight
@@ -15,6 +16,7 @@ __all__ = [
     "DetectedOutput",
     "Detections",
     "Detector",
+    "OtherClassesError",
     "Plan",
     "RoiOutput",
     "RoiSamples",
@@ -30,4 +32,5 @@ __all__ = [
     "rebuild",
     "renew_classes",
     "save",
+    "told_classes",
 ]

@@ -14,6 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from students.adapter import build_adapted
+from students.checkpoint import read_tensors
 from students.dense import DenseDetector
 from students.detector import Detector
 from students.plan import Plan, apply_plan
@@ -64,6 +65,20 @@ def build(name: str, **arguments: Any) -> Detector:
     detector.recipe = {"name": name, **arguments, **detector.settled, "weights": "none"}
     detector.plans, detector.info = [], {}
     return detector
+
+
+def told_classes(name: str, weights: str) -> list[str]:
+    """The classes that a family's weights are known to be of, in label order; empty where they do not tell.
+
+    Args:
+        name: of the family.
+        weights: as for a detector of it, and of all of it.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    family = FAMILIES[name]
+    return family.told_classes(weights) if isinstance(family, type) else read_tensors(Path(weights))[1]
 
 
 def save(

@@ -40,11 +40,13 @@ class Backbone(nn.Module):
         if missing:
             raise ValueError(f"backbone: {name} has maps at strides {reductions}, none at {missing}")
         indices = [reductions.index(stride) for stride in strides]
-        try:
-            create = create_from_hub if from_hub else timm.create_model
-            self.body = create(name, features_only=True, out_indices=indices)
-        except ValueError as error:
-            raise ValueError(f"{error}, or say weights: none") from None
+        if from_hub:
+            try:
+                self.body = create_from_hub(name, features_only=True, out_indices=indices)
+            except ValueError as error:
+                raise ValueError(f"{error}, or say weights: none") from None
+        else:
+            self.body = timm.create_model(name, features_only=True, out_indices=indices)
         if isinstance(self.body, EfficientNetFeatures | MobileNetV3Features):
             # timm would keep and run the stages beyond the last map, whose parameters no loss reaches
             self.body.blocks = self.body.blocks[: max(info["stage"] for info in self.body.feature_info.get_dicts())]

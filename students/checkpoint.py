@@ -1,8 +1,8 @@
 """Reads the tensors of a published file without running anything that is in it, and holds them against a network's.
 
-A .pt or .pth file is a pickle: of a state dict, or of the whole network, its modules by class. Only the few functions that put a
-tensor together are called; every class of a network becomes an inert stand-in that holds its state, and what is
-neither, such as `os.system`, is refused by its name.
+A .pt or .pth file is a pickle: of a state dict, or of the whole network, its modules by class. Only the few functions
+that put a tensor together are called; every class of a network becomes an inert stand-in that holds its state, and what
+is neither, such as `os.system`, is refused by its name.
 """
 
 import collections

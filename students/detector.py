@@ -7,12 +7,14 @@ any detector teach any other, and what lets one pruner trace, cut and rebuild al
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from students.checkpoint import read_tensors
 from students.plan import Plan
 
 IMPOSSIBLE = -1e4  # a logit whose probability is 0 in every precision, also behind a temperature

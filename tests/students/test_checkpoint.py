@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from students.checkpoint import read_checkpoint
+from students.checkpoint import read_tensors
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_network_of_unknown_classes(networks, tmp_path, monkeypatch):
     torch.save(content, tmp_path / "best.pt")
     wanted = ema.float().state_dict()
     monkeypatch.delitem(sys.modules, "models.yolo")  # whoever reads it has no such code
-    tensors, names = read_checkpoint(tmp_path / "best.pt")
+    tensors, names = read_tensors(tmp_path / "best.pt")
     assert names == ["person", "bicycle"]
     assert list(tensors) == list(wanted)
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
@@ -64,7 +64,7 @@ def test_without_an_average_it_is_the_network(networks, tmp_path):
     model = networks.DetectionModel()
     for content in ({"model": model, "ema": None}, model, {"model": model.state_dict()}, model.state_dict()):
         torch.save(content, tmp_path / "last.pt")
-        tensors, _ = read_checkpoint(tmp_path / "last.pt")
+        tensors, _ = read_tensors(tmp_path / "last.pt")
         assert torch.equal(tensors["model.0.weight"], model.model[0].weight)
 
 
@@ -96,33 +96,54 @@ def test_a_file_that_calls_a_function_is_refused_by_its_name(tmp_path, function,
     argument = {eval: f"open({str(mark)!r}, 'w')", exec: f"open({str(mark)!r}, 'w')"}.get(function, str(mark))
     torch.save({"model": {"model.0.weight": torch.zeros(1)}, "x": Calls(function, argument)}, path)
     with pytest.raises(ValueError, match=rf"^weights: {path} asks for {name}, which .* nothing was run$"):
-        read_checkpoint(path)
+        read_tensors(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("form", ["older", "plain"])
+def test_code_is_named_in_files_that_are_no_archives(tmp_path, form):
+    path, mark = tmp_path / "bad.pt", tmp_path / "ran"
+    content = {"epoch": 1, "x": Calls(os.mkdir, str(mark))}
+    if form == "older":
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"asks for (posix|nt)\.mkdir, which .* nothing was run$"):
+        read_tensors(path)
+    assert not mark.exists()
+
+
+def test_a_file_of_an_older_pytorch_is_read(networks, tmp_path):
+    model = networks.DetectionModel()
+    for content in ({"ema": model}, model.state_dict()):
+        torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        tensors, _ = read_tensors(tmp_path / "old.pth")
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_class_of_a_network_that_is_called_is_refused(networks, tmp_path):
     torch.save({"model": Calls(networks.DetectionModel)}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match=r"asks for models\.yolo\.DetectionModel, which"):
-        read_checkpoint(tmp_path / "bad.pt")
+        read_tensors(tmp_path / "bad.pt")
 
 
 def test_what_is_no_checkpoint(tmp_path):
     def refused(name):
         with pytest.raises(ValueError) as error:
-            read_checkpoint(tmp_path / name)
+            read_tensors(tmp_path / name)
         assert "\n" not in str(error.value)
         return str(error.value)
 
     assert "weights: no file" in refused("nothing.pt")
     (tmp_path / "text.pt").write_text("hello")
-    assert "is no checkpoint of PyTorch's (no zip archive)" in refused("text.pt")
+    assert "is no checkpoint of PyTorch's, or not a whole one" in refused("text.pt")
     (tmp_path / "empty.pt").touch()
-    assert "no zip archive" in refused("empty.pt")
-    (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": 1}))
-    assert "no zip archive" in refused("old.pt")
+    assert "is no checkpoint of PyTorch's" in refused("empty.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
+    assert "is no checkpoint of PyTorch's" in refused("plain.pt")
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
         archive.writestr("a.txt", "b")
-    assert "is no checkpoint that can be read" in refused("other.pt")
+    assert "is no checkpoint of PyTorch's" in refused("other.pt")
     torch.save({"model": {"epochs": 3}}, tmp_path / "numbers.pt")
     assert "holds no network and no state dict" in refused("numbers.pt")
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
