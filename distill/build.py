@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 from torch.utils.data import DataLoader
 
@@ -254,7 +255,7 @@ def build_published(teacher: TeacherConfig, class_names: list[str], key: str) ->
 def build_feature_teacher(teacher: TeacherConfig, data: DataConfig, key: str) -> FeatureTeacher:
     """A timm network that teaches by its features, once it is known that it takes images of the size it will see."""
     try:
-        network = FeatureTeacher(**teacher.features.model_dump())
+        network = FeatureTeacher(**teacher.features.model_dump(), image_size=teacher.image_size or data.image_size)
     except ValueError as error:
         raise UserError(f"{key}.features.{error}") from None
     height, width = teacher.image_size or data.image_size
@@ -262,7 +263,8 @@ def build_feature_teacher(teacher: TeacherConfig, data: DataConfig, key: str) ->
         count_macs(network, (height, width))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        way_out = "a size that it takes"
+        own = list(timm.get_pretrained_cfg(teacher.features.backbone).input_size[1:])
+        way_out = f"a size that it takes, such as {key}.image_size={own} and a data.image_size of the same shape"
         if network.patch:
             stride = 2 ** round(math.log2(network.patch))
             fitting = [side // stride * network.patch for side in data.image_size]

@@ -29,13 +29,14 @@ def catalog() -> dict[str, list[str]]:
             "imagenet  from timm's hub; " + ", ".join(sorted(WEIGHT_PACKAGES)) + " from the [weights] extra, offline; "
             "of torchvision's detectors from torchvision's",
             "coco  of torchvision's detectors, from its hub",
-            "PATH  a .pth or .safetensors file with timm's, or torchvision's names; of YOLO detectors a published .pt",
+            "PATH  a .pth or .safetensors file with timm's or torchvision's names; of the others their authors': of "
+            "yolov4 a Darknet .weights, else a .pt",
         ],
         "teachers (teacher)": [
             "path  the folder of a detector",
             "detector, train  one that is trained first",
             "detector  one that is as its published weights are",
-            "features  any timm model, for losses over features and attention",
+            "features  any timm model with maps, transformers too, for losses over features and attention",
             "original  the student before its first cut",
             "ema  the student's own average",
         ],

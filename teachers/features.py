@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import timm
@@ -19,7 +20,7 @@ from students.backbone import (
     packaged_weights,
     read_packaged,
 )
-from students.checkpoint import read_tensors
+from students.checkpoint import describe_shape, read_tensors, require_tensors
 
 FINEST = 8  # pixels a cell; finer maps cost memory, and few students have them
 
@@ -45,6 +46,8 @@ class FeatureTeacher(Detector):
         backbone: a timm model name.
         weights: `imagenet`, what timm's hub has for that name, whatever it was trained on; or the path of a .pth or
             .safetensors file with timm's names, or with those of its authors where timm knows them (DINOv2, DINOv3).
+        image_size: (height, width) in pixels that it will see; of use to networks that are built for one size, whose
+            positions timm then resamples.
 
     Raises:
         ValueError: an unknown name, no such maps, or weights that do not fit; `none`, too, as what is untrained has
@@ -53,7 +56,7 @@ class FeatureTeacher(Detector):
 
     detects = learns = scores_locations = False
 
-    def __init__(self, backbone: str, weights: str = "imagenet"):
+    def __init__(self, backbone: str, weights: str = "imagenet", image_size: tuple[int, int] | None = None):
         super().__init__()
         if weights == "none":
             raise ValueError("weights: an untrained network has nothing to teach; give imagenet, or the path of a file")
@@ -64,11 +67,12 @@ class FeatureTeacher(Detector):
         # the patch of a network that has maps of one stride only
         self.patch = next(iter(last)) if len(set(info.reduction())) == 1 else None
         if self.patch:
-            self.body = _create_of_any_size(backbone, weights)
+            self.body = _create(backbone, weights, image_size, num_classes=0)
             channels = info.channels()[-1]
             self._levels = {self.patch / 2: channels, float(self.patch): channels, 2.0 * self.patch: channels}
         else:
-            self.body = _create(backbone, weights, features_only=True, out_indices=[last[s] for s in sorted(last)])
+            indices = [last[stride] for stride in sorted(last)]
+            self.body = _create(backbone, weights, image_size, features_only=True, out_indices=indices)
             self._levels = dict(zip(map(float, sorted(last)), self.body.feature_info.channels()))
         self._channels_last = getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC
         packaged = weights == "imagenet" and packaged_weights(backbone)
@@ -113,15 +117,8 @@ class FeatureTeacher(Detector):
         return tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist())
 
 
-def _create_of_any_size(name: str, weights: str) -> nn.Module:
-    """A whole network without its classifier, for images of any size where it can be had so."""
-    try:
-        return _create(name, weights, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # it knows no such argument
-        return _create(name, weights, num_classes=0)
-
-
-def _create(name: str, weights: str, **arguments: Any) -> nn.Module:
+def _create(name: str, weights: str, image_size: tuple[int, int] | None, **arguments: Any) -> nn.Module:
+    arguments |= _size_arguments(name, image_size, arguments)
     if weights == "imagenet":
         if not packaged_weights(name):
             return create_from_hub(name, **arguments)
@@ -135,10 +132,24 @@ def _create(name: str, weights: str, **arguments: Any) -> nn.Module:
     missing = [key for key, x in blank.items() if x.numel() and x.min() < x.max() and torch.equal(x, own[key])]
     if missing:
         raise ValueError(
-            f"weights: {source} lacks {len(missing)} of the {len(own)} tensors of {name}, first {missing[0]!r}; it "
-            "needs timm's names for this network, or those of its authors"
+            f"weights: {source} lacks {len(missing)} of the {len(own)} tensors of {name}, first {missing[0]} "
+            f"{describe_shape(own[missing[0]])}; it needs timm's names for this network, or those of its authors"
         )
     return filled
+
+
+def _size_arguments(name: str, image_size: tuple[int, int] | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """How a network is asked for images of any size; else for those of `image_size`; nothing where it needs neither."""
+    for asked in ({"dynamic_img_size": True}, {"img_size": image_size} if image_size else {}):
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, **arguments, **asked)
+        except TypeError:  # it knows no such argument
+            continue
+        except Exception:  # whatever else goes wrong, without memory or with, is told when it is made
+            pass
+        return asked
+    return {}
 
 
 def _create_seeded(
@@ -154,7 +165,13 @@ def _create_seeded(
             teller.setLevel(logging.ERROR)
             return timm.create_model(name, **arguments, **overlay)
         except (RuntimeError, KeyError, ValueError, IndexError, AttributeError) as error:
+            if state:
+                way_out = f"give a file with timm's names for {name}, or those of its authors"
+                if any("pos" in line for line in str(error).splitlines() if "size mismatch" in line):
+                    way_out += "; where only positions differ, show it images of the size that it was trained at"
+                own = _create_seeded(name, source, arguments).state_dict()
+                require_tensors(own, state, source, beyond=True, way_out=way_out)
             reason = " ".join((str(error) or type(error).__name__).split())
-            raise ValueError(f"weights: {source} does not fit {name} ({reason[:200]})") from None
+            raise ValueError(f"weights: {source} does not fit {name} ({shorten(reason, 200)})") from None
         finally:
             teller.setLevel(level)

@@ -64,7 +64,7 @@ def test_a_transformer_teaches_a_student_that_is_cut(settings, tmp_path, monkeyp
         ),
         ({"losses": {"soft": {"name": "score_weighted_mimic"}}}, "score_weighted_mimic goes by a head; from"),
         ({"teacher.features.weights": "none"}, "^teacher.features.weights: an untrained network has nothing to teach"),
-        ({"teacher.features.weights": "x.pth"}, "^teacher.features.weights: no file x.pth; allowed are"),
+        ({"teacher.features.weights": "x.pth"}, "^teacher.features.weights: no file x.pth; give the path"),
         (
             {"data.image_size": 80, "teacher.image_size": 100},
             r"^teacher.features: test_vit does not take images of 100x100 px .*give teacher.image_size=\[80, 80\], so",

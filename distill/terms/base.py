@@ -50,7 +50,8 @@ def match_levels(
             pairs.append((i, teacher_strides.index(nearest)))
     if not pairs:
         raise ValueError(
-            f"levels: the student's levels (strides {list(student_strides)}) and the teacher's "
+            f"{'name: this loss compares maps, and ' if levels is None else 'levels: '}the student's levels (strides "
+            f"{list(student_strides)}) and the teacher's "
             f"({list(teacher_strides)}) have none in common{' and none within a factor of 2' if interpolate else ''}; "
             "change student.levels, or the size that the teacher sees images at (its image_size)"
         )

@@ -43,7 +43,7 @@ def test_patch_tokens_become_a_map_and_two_more(save_weights):
 
 
 def test_a_file_of_another_network_is_one_line(save_weights, caplog):
-    with pytest.raises(ValueError, match=r"lacks .* tensors of test_resnet, first 'conv1.0.weight'"):
+    with pytest.raises(ValueError, match=r"lacks .* tensors of test_resnet, first conv1.0.weight"):
         FeatureTeacher("test_resnet", save_weights("test_vit"))
     assert caplog.records == []  # timm would list all that it does not know
 
@@ -80,13 +80,15 @@ def test_weights_that_do_not_fit_are_told(save_weights, tmp_path):
     with pytest.raises(ValueError, match=r"^backbone: timm knows no model 'test_vitt'; near it: .*test_vit"):
         FeatureTeacher("test_vitt", save_weights("test_vit"))
     for name, other in (("test_vit", "test_resnet"), ("test_resnet", "test_vit"), ("test_vit", "test_vit2")):
-        with pytest.raises(ValueError, match=rf"^weights: .*{other}.pth (does not fit|lacks \d+ of)") as caught:
+        with pytest.raises(
+            ValueError, match=rf"^weights: .*{other}.pth (is of another network|lacks \d+ of)"
+        ) as caught:
             FeatureTeacher(name, save_weights(other))
         assert "\n" not in str(caught.value)
     state = torch.load(save_weights("test_efficientnet"))
     first = next(iter(state))
     torch.save({key: x for key, x in state.items() if key != first}, tmp_path / "most.pth")
-    with pytest.raises(ValueError, match=rf"lacks 1 of the \d+ tensors of test_efficientnet, first '{first}'"):
+    with pytest.raises(ValueError, match=rf"lacks 1 of the \d+ tensors of test_efficientnet, first {first} \("):
         FeatureTeacher("test_efficientnet", str(tmp_path / "most.pth"))
 
 
@@ -100,3 +102,12 @@ def test_losses_over_features_learn_from_it(save_weights, build_tiny, images, ta
     loss = term(output, teacher(images), targets, (64, 64))
     gradients = torch.autograd.grad(loss, output.features)
     assert loss.isfinite() and all(g.abs().sum() > 0 for g in gradients)
+
+
+@torch.no_grad()
+def test_a_network_that_is_built_for_one_size_is_made_for_the_one_that_it_will_see(save_weights):
+    weights, images = save_weights("maxvit_pico_rw_256"), torch.rand(1, 3, 96, 128)
+    with pytest.raises(AssertionError, match="divisible by window"):
+        FeatureTeacher("maxvit_pico_rw_256", weights).eval()(images)
+    teacher = FeatureTeacher("maxvit_pico_rw_256", weights, (96, 128)).eval()
+    assert [tuple(x.shape[2:]) for x in teacher(images).features] == [(12, 16), (6, 8), (3, 4)]
