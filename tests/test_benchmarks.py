@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import students
-from benchmarks import coco_size, importance, losses, recovery, step_cost, throughput
+from benchmarks import coco_size, detectors, importance, losses, recovery, step_cost, throughput
 from benchmarks.arms import interval, markdown, replace_section, run_arm
 from distill.config import load_config
 from distill.data import Batch, open_index
@@ -122,6 +122,37 @@ def test_what_nothing_listens_to_adds_no_loss(build_tiny, images, targets):
     assert importance.added_loss(unit, group, 3, batches, before) == pytest.approx(0, abs=1e-5)
     assert abs(importance.added_loss(unit, group, 4, batches, before)) > 1e-3
     assert importance.task_loss(unit, batches) == before
+
+
+def test_what_was_measured_so_far_makes_the_page():
+    run = {"params": 1_770_000, "macs": 100e6, "ap": 0.404, "ap50": 0.714}
+    pair = {"teacher": 0.5, "plain": [0.40, 0.42], "taught": [0.42, 0.45]}
+    heads = {"gfl": {"params": 1e6, "macs": 2e6, "ap": [0.4, 0.41, 0.42]}}
+    pairs = {"faster_rcnn teaches dense_gfl": pair}
+    text = detectors.document({"families": {"yolov5": run}, "heads": heads, "pairs": pairs}, 16, (120, 160))
+    assert '| `yolov5` | `{"name": "yolov5", "size": "n"}` | 1.77M | 100.00M | 40.4 | 71.4 |' in text
+    assert "| `gfl` | 1.00M | 2.00M | 41.0 +- 2.5 |" in text  # 4.303 / sqrt(3)
+    assert "| 50.0 | 41.0 +- 12.7 | 43.5 +- 19.1 | 2.5 +- 6.4 |" in text  # t = 12.71: 1.27 * 10, 15, 5
+    assert "yolov4` |" in text.partition("## Sizes")[2] and "`yolov7`" not in text.partition("## Which head")[0]
+
+
+@pytest.mark.slow
+def test_detectors_are_measured_part_by_part(monkeypatch, settings, tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(detectors, "CONFIG", str(config))
+    tiny = {"backbone": "test_resnet", "channels": 16, "head_depth": 1}
+    monkeypatch.setattr(detectors, "FAMILIES", {"dense_gfl": tiny | {"head": "gfl"}})
+    pair = ("teacher", tiny | {"head": "retinanet"}, tiny | {"head": "gfl"}, {"pkd": 1.0})
+    monkeypatch.setattr(detectors, "PAIRS", {"dense_retinanet teaches dense_gfl": pair})
+    first = detectors.measure(tmp_path / "out", ["dense_gfl"], [], [], ["pruning=null"], 1, 2)
+    assert list(first["families"]) == ["dense_gfl"] and not first["pairs"]
+    results = detectors.measure(tmp_path / "out", [], [], list(detectors.PAIRS), ["pruning=null"], 1, 2)
+    assert results["families"] == first["families"]
+    (found,) = results["pairs"].values()
+    assert len(found["plain"]) == len(found["taught"]) == 2 and 0 <= found["teacher"] <= 1
+    assert results == json.loads((tmp_path / "out" / "detectors.json").read_text())
+    assert "dense_retinanet teaches dense_gfl" in detectors.document(results, 1, (64, 64))
 
 
 def test_spearman_compares_ranks():
