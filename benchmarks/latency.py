@@ -154,8 +154,9 @@ def to_pass(
     detector: Detector, image_size: tuple[int, int], threads: int, images: torch.Tensor
 ) -> Callable[[], object]:
     """A pass of the detector in ONNX Runtime."""
-    deployed = DeployedDetector(detector, "raw")
-    info = {"class_names": CLASSES, "image_size": list(image_size), "outputs": "raw", "batch": 1, "dynamic": []}
+    deployed = DeployedDetector(detector, "network")
+    info = {"class_names": CLASSES, "image_size": list(image_size), "batch": 1, "dynamic": []}
+    info["outputs"] = deployed.outputs
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "detector.onnx"
         write(deployed, file, "onnx", info)

@@ -154,7 +154,7 @@ def time_students(places: Sequence[Path], repeats: int = 30) -> list[float]:
     candidates = [
         candidate
         for place in places
-        for candidate in latency.build(place / "student", ["eager"], "raw", 1, torch.get_num_threads())
+        for candidate in latency.build(place / "student", ["eager"], "network", 1, torch.get_num_threads())
     ]
     return [entry["median_ms"] for entry in latency.run(candidates, 1, repeats)]
 

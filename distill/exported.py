@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from distill.errors import UserError
 from distill.measure import time_in_turns
-from students import FAMILIES, Detections, Detector
+from students import Detections, Detector, TwoStageDetector
 from students.detector import DenseOutput
 from students.nms import select, select_padded
 
@@ -37,25 +37,29 @@ class DeployedDetector(nn.Module):
     Args:
         detector: in eval mode.
         outputs: 'detections' for boxes (B, M, 4), scores (B, M) and labels (B, M) after NMS by the detector's own
-            limits, padded to M as `students.nms.select_padded` says; 'boxes' for boxes (B, N, 4) and scores (B, N, K)
-            of all predictions; 'raw' for class logits (B, A*K, H, W) of each level, then box distances (B, A*4, H, W)
-            of each, as in `students.detector.DenseOutput`.
+            limits, padded to M as `students.nms.select_padded` says; 'boxes' for boxes (B, N, 4), of a two-stage
+            detector (B, N, K, 4), and scores (B, N, K) of all predictions; 'raw' for class logits (B, A*K, H, W) of
+            each level, then box distances (B, A*4, H, W) of each, as in `students.detector.DenseOutput`; 'network' for
+            the least with which all of the network runs: 'raw' of dense heads, else 'boxes'.
 
     Raises:
-        UserError: the detector's family has no step between raw outputs and detections.
+        UserError: the detector's family has no step between raw outputs and detections, or no such raw outputs.
     """
 
     def __init__(self, detector: Detector, outputs: str):
         super().__init__()
         if type(detector).candidates is Detector.candidates:
-            possible = [
-                name
-                for name, family in FAMILIES.items()
-                if getattr(family, "candidates", None) not in (None, Detector.candidates)
-            ]
             raise UserError(
-                f"{detector.title}: a two-stage detector looks at as many boxes as it finds, which a graph of fixed "
-                f"shapes cannot hold; as onnx or pt2 there can be {', '.join(possible)}"
+                f"{detector.title}: tells its detections alone, so there is nothing that a graph could hold; give "
+                f"{type(detector).__name__} a method `candidates`, see students.Detector"
+            )
+        two_stage = isinstance(detector, TwoStageDetector)
+        if outputs == "network":
+            outputs = "boxes" if two_stage else "raw"
+        if outputs == "raw" and two_stage:
+            raise UserError(
+                f"{detector.title}: its second stage needs boxes that are decoded already, so it has no raw outputs; "
+                "say detections or boxes"
             )
         self.detector = detector.deployed()
         self.outputs = outputs
@@ -162,7 +166,7 @@ def trace(
         with torch.no_grad(), _quiet():
             return torch.export.export(deployed, (images,), dynamic_shapes=(shapes,) if shapes else None)
     except Exception as error:  # torch.export raises whatever the network's own code and the tracer's parts raise
-        way_out = f"leave out --dynamic {' '.join(dynamic)}" if dynamic else "try --outputs raw"
+        way_out = f"leave out --dynamic {' '.join(dynamic)}" if dynamic else "try --outputs boxes"
         raise UserError(f"{_backbone(deployed)}: cannot be traced ({_reason(error)}); {way_out}") from error
 
 
@@ -245,11 +249,12 @@ def measure_onnx(
         UserError: the packages of the `[export]` extra are missing, or ONNX cannot hold the detector.
     """
     check_onnx()
-    deployed = DeployedDetector(copy.deepcopy(detector).cpu().eval(), "raw")
-    info = {"class_names": detector.class_names, "image_size": list(image_size), "outputs": "raw", "batch": 1}
+    deployed = DeployedDetector(copy.deepcopy(detector).cpu().eval(), "network")
+    info = {"class_names": detector.class_names, "image_size": list(image_size), "batch": 1}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "detector.onnx"
-        write_onnx(trace(deployed, image_size), file, info | {"dynamic": []}, deployed.names)
+        info |= {"outputs": deployed.outputs, "dynamic": []}
+        write_onnx(trace(deployed, image_size), file, info, deployed.names)
         exported = ExportedDetector(file)
     images = torch.zeros(1, 3, *image_size)
     (milliseconds,) = time_in_turns([lambda: exported(images)], warmup, repeats, torch.device("cpu"))

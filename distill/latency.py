@@ -48,9 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("detectors", nargs="+", type=Path, metavar="DETECTOR", help="artifact folders, .onnx, .pt2")
     parser.add_argument("--runtime", nargs="+", choices=RUNTIMES, default=["eager"], help="of folders; eager otherwise")
-    parser.add_argument(
-        "--outputs", choices=OUTPUTS, default="raw", help="of folders; raw, the network alone, otherwise"
-    )
+    parser.add_argument("--outputs", choices=OUTPUTS, default="network", help="of folders; the network alone otherwise")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="images in a pass; 1 otherwise")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; all cores otherwise")
     parser.add_argument("--repeats", type=int, default=50, metavar="N", help="passes that count; 50 otherwise")
@@ -82,7 +80,7 @@ def measure(args: argparse.Namespace) -> None:
         ]
         entries += run(candidates, batch, args.repeats)
     machine = {"processor": _processor(), "threads": threads, "torch": torch.__version__}
-    outputs = f"folders with {args.outputs} outputs"
+    outputs = "the network alone" if args.outputs == "network" else f"folders with {args.outputs} outputs"
     Report().table(
         f"milliseconds on {machine['processor']}, {counted(threads, 'thread')}; {outputs}; "
         f"{args.repeats} passes of each in turns",

@@ -201,7 +201,8 @@ class Detector(nn.Module, ABC):
         """
 
     def candidates(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
-        """All predictions, before any is left out: boxes (B, N, 4) xyxy in pixels and scores (B, N, K) in [0, 1].
+        """All predictions, before any is left out: boxes (B, N, 4) xyxy in pixels and scores (B, N, K) in [0, 1]. Boxes
+        are (B, N, K, 4) where each class has its own.
 
         Tensors only and no shape that depends on values, so that it can be part of an exported graph.
 

@@ -26,7 +26,7 @@ def select(
     """The detections of each image, best first.
 
     Args:
-        boxes: (B, N, 4) xyxy in pixels.
+        boxes: (B, N, 4) xyxy in pixels; (B, N, K, 4) where each class has its own.
         scores: (B, N, K) in [0, 1].
         image_sizes: (height, width) of the valid part of each image, in pixels; boxes are clipped to it.
         score_threshold: lower scores are dropped.
@@ -52,7 +52,7 @@ def select_padded(
     """What `select` gives where all of each image is valid, without shapes that depend on values.
 
     Args:
-        boxes: (B, N, 4) xyxy in pixels.
+        boxes: (B, N, 4) xyxy in pixels; (B, N, K, 4) where each class has its own.
         scores: (B, N, K) in [0, 1].
         image_size: (height, width) of all images, in pixels; boxes are clipped to it.
         limits: of `select`.
@@ -61,16 +61,10 @@ def select_padded(
         Boxes (B, M, 4), scores (B, M), best first, and labels (B, M) int64; M are the most detections. Where an image
         has fewer, the rest are boxes of zeros with score 0 and label -1. With fewer candidates than M, as many of each.
     """
-    height, width = image_size
     num_classes = scores.shape[-1]
     boxes, scores, labels = _candidates(boxes, scores, limits.max_candidates)
-    boxes = torch.stack((boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)), dim=-1).flatten(2)
-    # one NMS for all: boxes of other classes and images are moved so far away that they cannot meet
-    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
-    group = images * num_classes + labels
-    apart = boxes + (group * (torch.sym_max(height, width) + 1))[..., None]
-    survivors = nms(apart.flatten(0, 1), scores.flatten(), limits.iou_threshold)
-    survives = torch.zeros_like(scores).flatten().index_fill(0, survivors, 1.0).view_as(scores) > 0
+    boxes = clip(boxes, image_size)
+    survives = survivors(boxes, scores, labels, num_classes, image_size, limits.iou_threshold)
     scores = torch.where(survives & (scores > limits.score_threshold), scores, 0.0)
     scores, order = scores.topk(torch.sym_min(limits.max_detections, scores.shape[1]), dim=1)
     found = scores > 0
@@ -78,8 +72,27 @@ def select_padded(
     return boxes, scores, torch.where(found, labels.gather(1, order), -1)
 
 
+def clip(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) with nothing beyond the image of (height, width)."""
+    height, width = image_size
+    return torch.stack((boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)), dim=-1).flatten(-2)
+
+
+def survivors(
+    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, image_size: tuple[int, int], iou_threshold: float
+) -> Tensor:
+    """Which boxes (B, M, 4) within the image an NMS leaves, (B, M) bool; only boxes of one group (B, M) meet."""
+    # one NMS for all: boxes of other groups and images are moved so far away that they cannot meet
+    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
+    place = (images * num_groups + groups) * (torch.sym_max(*image_size) + 1)
+    kept = nms((boxes + place[..., None]).flatten(0, 1), scores.flatten(), iou_threshold)
+    return torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores) > 0
+
+
 def _candidates(boxes: Tensor, scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best (prediction, class) pairs of each image: boxes (B, M, 4), scores (B, M), best first, labels (B, M)."""
     num_classes = scores.shape[-1]
     scores, order = scores.flatten(1).topk(torch.sym_min(most, scores.shape[1] * num_classes), dim=1)
-    return boxes.gather(1, (order // num_classes)[..., None].expand(-1, -1, 4)), scores, order % num_classes
+    of_each_class = boxes.dim() == 4
+    boxes, rows = (boxes.flatten(1, 2), order) if of_each_class else (boxes, order // num_classes)
+    return boxes.gather(1, rows[..., None].expand(-1, -1, 4)), scores, order % num_classes

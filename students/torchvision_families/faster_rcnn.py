@@ -16,7 +16,8 @@ from torchvision.ops import roi_align
 from torchvision.ops.poolers import initLevelMapper
 
 from students.assignment import pad_targets
-from students.detector import Detections, replace_rows
+from students.detector import Detections, Limits, replace_rows
+from students.nms import clip
 from students.torchvision_families.backbone import (
     MOBILENET,
     build_fpn_backbone,
@@ -26,6 +27,7 @@ from students.torchvision_families.backbone import (
     settle_trainable,
 )
 from students.torchvision_families.base import TorchvisionDetector, grid_anchors
+from students.torchvision_families.proposals import pool_padded, propose_padded
 from students.torchvision_families.soft_losses import (
     have_scores,
     match,
@@ -155,6 +157,30 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
         logits, deltas = self._run_roi_head(output.features, proposals)
         found = self.model.roi_heads.postprocess_detections(logits, deltas, proposals, image_sizes)
         return self.to_detections([dict(zip(("boxes", "scores", "labels"), image)) for image in zip(*found)])
+
+    def candidates(self, output: TwoStageOutput) -> tuple[Tensor, Tensor]:
+        """See `Detector.candidates`: of as many proposals of every image, which are padded with boxes of score 0.
+
+        Clipped to the pyramid's extent, as in `loss`.
+        """
+        size, heads = self._image_size(output.features), self.model.roi_heads
+        proposals, found = propose_padded(self.model.rpn, output, size)
+        pooled = pool_padded(heads.box_roi_pool, output.features[:-1], proposals)
+        logits, deltas = heads.box_predictor(heads.box_head(pooled.to(output.features[0].dtype)))
+        rows = proposals.flatten(0, 1)
+        boxes = heads.box_coder.decode_single(deltas.float(), rows).unflatten(1, (-1, 4))
+        boxes = clip(boxes.index_select(1, self.class_channels), size)
+        scores = logits.float().softmax(dim=1).index_select(1, self.class_channels)
+        large = (boxes[..., 2:] - boxes[..., :2] >= 0.01).all(dim=-1)  # as torchvision's post-processing asks
+        scores = scores * (large & found.flatten()[:, None])
+        return boxes.unflatten(0, found.shape), scores.unflatten(0, found.shape)
+
+    @property
+    def limits(self) -> Limits:
+        """torchvision's own, but that no more than four classes of each proposal on average enter the NMS."""
+        heads = self.model.roi_heads
+        most = 4 * self.model.rpn._post_nms_top_n["testing"]
+        return Limits(heads.score_thresh, heads.nms_thresh, most, heads.detections_per_img)
 
     @torch.no_grad()
     def propose(self, output: TwoStageOutput, image_sizes: list[tuple[int, int]]) -> list[Tensor]:

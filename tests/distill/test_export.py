@@ -136,14 +136,6 @@ def with_area(found):
     return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
 
 
-def test_two_stages_are_refused_by_what_works():
-    detector = students.build("faster_rcnn", class_names=["a"], backbone="resnet18", channels=32)
-    with pytest.raises(
-        UserError, match=r"^faster_rcnn resnet18: a two-stage .+; as onnx or pt2 there can be dense, fcos,"
-    ):
-        DeployedDetector(detector, "detections")
-
-
 def test_pt2(build_tiny, tmp_path):
     detector = lively(build_tiny)
     for outputs, batch in (("raw", 2), ("detections", None)):

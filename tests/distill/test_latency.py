@@ -39,12 +39,12 @@ def test_folders_and_files_stand_in_one_table(run, student, exported, tmp_path):
     numbers = tmp_path / "numbers.json"
     status, out, err = run(student, exported, "--batch", 2, "--threads", 1, "--repeats", 4, "--json", numbers)
     assert status == 0 and err == "", err
-    assert "1 thread; folders with raw outputs; 4 passes of each in turns" in out
+    assert "1 thread; the network alone; 4 passes of each in turns" in out
     rows = [line.split() for line in out.splitlines() if line.startswith(str(student))]
     assert [row[0] for row in rows] == [str(student), str(exported)] and rows[0][1] == "eager"
     assert rows[0][-1] == "1.00x"
     results = json.loads(numbers.read_text())
-    assert results["threads"] == 1 and results["outputs"] == "raw"
+    assert results["threads"] == 1 and results["outputs"] == "network"
     for entry, row in zip(results["results"], rows):
         assert entry["batch"] == 2 and entry["image_size"] == [64, 64] and len(entry["milliseconds"]) == 4
         assert sorted(entry["milliseconds"])[0] == entry["fastest_ms"] <= entry["median_ms"]
