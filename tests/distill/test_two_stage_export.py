@@ -117,6 +117,7 @@ def test_a_file_for_any_batch_and_size(detector, format, tmp_path):
         pytest.importorskip("onnxruntime", reason="needs the [export] extra")
     file = tmp_path / f"student.{format}"
     info = INFO | {"outputs": "boxes", "batch": None, "dynamic": ["batch", "size"], "image_size": [128, 192]}
+    info["limits"] = list(detector.limits)
     export.write(DeployedDetector(detector, "boxes"), file, format, info)
     exported = ExportedDetector(file)
     images, sizes = pictures(1, (192, 128)), [(192, 128)]
