@@ -227,7 +227,7 @@ def main() -> None:
     output = parser.parse_args().output
     missing = MEMBERS.keys() - available().keys()
     if missing:
-        sys.exit(f"{', '.join(sorted(missing))}: are libreyolo's; pip install 'distill-detect[zoo]'")
+        sys.exit(f"{', '.join(sorted(missing))}: are libreyolo's; python -m pip install -e '.[zoo]'")
     with tempfile.TemporaryDirectory() as folder:
         output.write_text(page(meet(MEMBERS, [*MEMBERS, *FEATURES], Path(folder))))
     print(f"{output} is written")

@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -161,10 +162,28 @@ def check_image_size(detector: Detector, image_size: tuple[int, int], role: str)
     except (AssertionError, RuntimeError, ValueError) as error:
         height, width = image_size
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        larger = next(filter(partial(takes, detector), enlarged(image_size)), None)
+        way_out = f"it takes {larger[1]}x{larger[0]}, data.image_size={list(larger)}" if larger else "change its size"
         raise UserError(
-            f"{role}: {detector.title} does not take images of {width}x{height} px ({reason}); "
-            "change data.image_size, or choose another detector"
+            f"{role}: {detector.title} does not take images of {width}x{height} px ({reason}); {way_out}, or choose "
+            "another detector"
         ) from error
+
+
+def takes(detector: Detector, image_size: tuple[int, int]) -> bool:
+    """Whether a forward pass on images of (height, width) can be made at all."""
+    try:
+        count_macs(detector, image_size)
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def enlarged(image_size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Larger sizes of about the same shape, in multiples of 32, up to four times as large."""
+    height, width = image_size
+    for quarter in range(5, 17):
+        yield tuple(round(side * quarter / 4 / 32) * 32 for side in (height, width))
 
 
 def build_student(config: Config, class_names: list[str]) -> Detector:

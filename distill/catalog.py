@@ -8,8 +8,7 @@ from students.artifact import FAMILIES
 from students.backbone import WEIGHT_PACKAGES
 from students.dense import HEADS
 from students.pyramid import NECKS
-from students.torchvision_families.backbone import MOBILENET, RESNETS
-from students.torchvision_families.faster_rcnn import MOBILENET_320
+from students.torchvision_families.backbone import MOBILENET, MOBILENET_320, RESNETS
 
 
 def catalog() -> dict[str, list[str]]:

@@ -87,7 +87,8 @@ def check_terms(
             continue
         if not norm > 0:  # NaN too
             found = "no gradient" if norm == 0 else "a gradient that is no number"
-            raise UserError(f"losses.{name}: gives the student {found}, so it teaches nothing; leave it out")
+            why = unit.terms[name].silent_because if norm == 0 else ""
+            raise UserError(f"losses.{name}: gives the student {found}, so it teaches nothing{why}; leave it out")
         if share > dominates:
             fitting = combiner.weights[name] * dominates / share
             other = "" if combiner.balance == "gradient" else ", or say balance: gradient"

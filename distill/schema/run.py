@@ -11,6 +11,7 @@ from distill.schema.data import DataConfig
 from distill.schema.detectors import ArtifactConfig, DetectorConfig
 from distill.schema.losses import LossConfig, TermConfig
 from distill.schema.pruning import PruningConfig, TimedSection
+from students import FAMILIES
 
 
 def _auto_or_none(value: Any) -> Any:
@@ -129,9 +130,11 @@ class TeacherConfig(Section):
                 "say in class_map which of its classes are the student's, or give train to train it first"
             )
         if self.as_its_weights_are and not _is_trained(self.detector):
+            family = FAMILIES[self.detector.name]
+            way_out = "give train to train it first, or " if getattr(family, "learns", True) else "give "
             raise ValueError(
                 f"train is missing, and {self.detector.name} with weights: {self.detector.weights} detects nothing "
-                "yet; give train to train it first, or the weights of a whole detector of this family"
+                f"yet; {way_out}the weights of a whole detector of this family"
             )
         if self.cache and (self.itself or self.shard):
             found = "is the student itself, which changes" if self.itself else "is sharded, and asked by all processes"

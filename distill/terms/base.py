@@ -113,6 +113,11 @@ class KnowledgeTerm(nn.Module, ABC):
         self.pairing = describe_pairs(self.pairs, student.strides, teacher.strides)
         self.level_names = [level_name(student.strides[i]) for i, _ in self.pairs]
 
+    @property
+    def silent_because(self) -> str:
+        """What to look at where it has no gradient, in brackets; empty where nothing is known."""
+        return ""
+
     def bind(self, student: Detector, teacher: Detector) -> None:
         """Is told who plays the two parts once both are ready; most terms need their outputs only."""
 

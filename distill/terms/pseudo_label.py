@@ -49,6 +49,10 @@ class PseudoLabelTerm(KnowledgeTerm):
         # in a list, so that the two are no part of this module: they are trained, moved and saved elsewhere
         self._detectors = [student, teacher]
 
+    @property
+    def silent_because(self) -> str:
+        return f" (its teacher may be sure of nothing here: lower score_threshold, {self.score_threshold:g}, then)"
+
     def reads(self, teacher: Detector) -> set[tuple[str, int]]:
         return decoded(teacher)
 

@@ -23,6 +23,7 @@ RESNETS = (
     "wide_resnet101_2",
 )
 MOBILENET = "mobilenet_v3_large"
+MOBILENET_320 = f"{MOBILENET}_320"  # the same network, in a detector made for images of 320 pixels
 NORMS = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}
 
 
@@ -33,7 +34,10 @@ def imagenet_weights(backbone: str) -> WeightsEnum:
         ValueError: no such backbone.
     """
     if backbone not in (*RESNETS, MOBILENET):
-        raise ValueError(f"backbone: {backbone!r} is none of torchvision's: {', '.join((*RESNETS, MOBILENET))}")
+        raise ValueError(
+            f"backbone: {backbone!r} is none of torchvision's: {', '.join((*RESNETS, MOBILENET))}; faster_rcnn also "
+            f"takes {MOBILENET_320}"
+        )
     return torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
 
 

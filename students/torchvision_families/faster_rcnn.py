@@ -20,6 +20,7 @@ from students.detector import Detections, Limits, replace_rows
 from students.nms import clip
 from students.torchvision_families.backbone import (
     MOBILENET,
+    MOBILENET_320,
     build_fpn_backbone,
     imagenet_weights,
     pyramid_channels,
@@ -37,8 +38,6 @@ from students.torchvision_families.soft_losses import (
 )
 from students.torchvision_families.weights import FirstWeights
 from students.two_stage import RoiOutput, RoiSamples, TwoStageDetector, TwoStageOutput
-
-MOBILENET_320 = f"{MOBILENET}_320"  # the same network, made for images of 320 pixels
 
 
 class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):

@@ -16,7 +16,7 @@ def import_family(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"name: its network is libreyolo's, which is not installed (no {error.name}); "
-            "pip install 'distill-detect[zoo]'"
+            "python -m pip install -e '.[zoo]'"
         ) from None
 
 

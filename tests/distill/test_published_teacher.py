@@ -74,3 +74,8 @@ def test_a_new_head_has_nothing_to_teach_with(settings):
     detector = {"name": "retinanet", "weights": "coco", "new_head": True}
     with pytest.raises(UserError, match=r"new_head starts the class layers of its detector anew, .*leave new_head out"):
         check_config(settings | {"teacher": {"detector": detector}}, "here")
+
+
+def test_a_detector_that_only_teaches_is_not_to_be_trained_first(settings):
+    with pytest.raises(UserError, match=r"train is missing, and dfine .* detects nothing yet; give the weights of a"):
+        check_config(settings | {"teacher": {"detector": {"name": "dfine", "size": "n"}}}, "here")

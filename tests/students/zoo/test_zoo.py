@@ -57,7 +57,7 @@ def test_without_the_extra_it_is_one_line(family, monkeypatch, settings):
     for name in [name for name in sys.modules if name.startswith("libreyolo.")]:
         monkeypatch.delitem(sys.modules, name)
     config = check_config(settings | {"student": {"name": family}, "teacher": None, "losses": {}}, "here")
-    with pytest.raises(UserError, match=r"^student.name: .* not installed .*; pip install 'distill-detect\[zoo\]'$"):
+    with pytest.raises(UserError, match=r"^student.name: .* not installed .*; python -m pip install -e '.\[zoo\]'$"):
         building.build_student(config, ["a"])
 
 
