@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,17 +45,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
 HEADS = ("task_aligned", "gfl")  # of the recipe's own student
 HEAD_EPOCHS = 12
 LITE2 = {"backbone": "tf_efficientnet_lite2", "weights": "imagenet", "channels": 128, "head_depth": 3}
-# the name of a teacher and what it is, its student, and what is carried over
-PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, float]]] = {
-    "faster_rcnn teaches dense_gfl": (
-        "faster_rcnn",
+
+
+class Pair(NamedTuple):
+    """A teacher of one kind and a student of another.
+
+    Attributes:
+        folder: of the teacher.
+        teacher: what it is.
+        epochs: that it is trained for.
+        student: trained from scratch.
+        losses: what is carried over, and as what share of the task's gradient.
+    """
+
+    folder: str
+    teacher: dict[str, Any]
+    epochs: int
+    student: dict[str, Any]
+    losses: dict[str, float]
+
+
+PAIRS = {
+    "faster_rcnn teaches dense_gfl": Pair(
+        "faster_rcnn_teacher",
         FAMILIES["faster_rcnn"],
+        48,
         {"backbone": "resnet10t", "channels": 48, "head_depth": 1, "head": "gfl"},
         {"fgd": 1.0},
     ),
-    "dense_retinanet teaches yolov5": (
+    "dense_retinanet teaches yolov5": Pair(
         "lite2_retinanet_p2",
         LITE2 | {"head": "retinanet", "levels": [2, 3, 4, 5]},  # of P3's anchors the smallest is larger than a platelet
+        16,
         FAMILIES["yolov5"],
         {"fgd": 1.0},
     ),
@@ -102,10 +123,10 @@ def measure(
     seeds: int,
 ) -> dict[str, dict[str, Any]]:
     """Trains what is asked for and not there yet; all results so far."""
-    longer = [*base, f"train.epochs={epochs}"]
 
-    def train(name: str, student: dict[str, Any]) -> dict[str, Any]:
-        return run_arm(folder / name, CONFIG, [*longer, *ALONE, setting("student", student)])["student"]
+    def train(name: str, student: dict[str, Any], epochs: int = epochs) -> dict[str, Any]:
+        alone = [*base, *ALONE, setting("student", student), f"train.epochs={epochs}"]
+        return run_arm(folder / name, CONFIG, alone)["student"]
 
     file = folder / "detectors.json"
     results = json.loads(file.read_text()) if file.is_file() else {"families": {}, "heads": {}, "pairs": {}}
@@ -114,8 +135,8 @@ def measure(
     for head in heads:
         results["heads"][head] = train_head(folder / "heads", head, base, seeds)
     for name in pairs:
-        taught_by = {"teacher": train(*PAIRS[name][:2])["ap"]}
-        results["pairs"][name] = taught_by | compare(folder, name, longer, seeds)
+        taught_by = {"teacher": train(*PAIRS[name][:3])["ap"]}
+        results["pairs"][name] = taught_by | compare(folder, name, [*base, f"train.epochs={epochs}"], seeds)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=2) + "\n")
     return results
@@ -136,7 +157,7 @@ def train_head(folder: Path, head: str, base: Sequence[str], seeds: int) -> dict
 
 def compare(folder: Path, pair: str, base: Sequence[str], seeds: int) -> dict[str, list[float]]:
     """AP of a pair's student, plain and taught, a seed each."""
-    teacher, _, student, weights = PAIRS[pair]
+    teacher, _, _, student, weights = PAIRS[pair]
     losses = {name: {"name": name, "weight": weight} for name, weight in weights.items()}
     found: dict[str, list[float]] = {"plain": [], "taught": []}
     for seed in range(seeds):
@@ -204,8 +225,7 @@ the last column compares seed by seed.
 """
     rows = []
     for name, found in results["pairs"].items():
-        _, teacher, student, _ = PAIRS[name]
-        said = (f"`{json.dumps(settings)}`" for settings in (teacher, student))
+        said = (f"`{json.dumps(settings)}`" for settings in (PAIRS[name].teacher, PAIRS[name].student))
         gain = [taught - plain for taught, plain in zip(found["taught"], found["plain"])]
         aps = (points(found["plain"]), points(found["taught"]), points(gain))
         rows.append([name, *said, f"{100 * found['teacher']:.1f}", *aps])
