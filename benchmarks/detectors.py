@@ -67,9 +67,9 @@ class Pair(NamedTuple):
 
 PAIRS = {
     "faster_rcnn teaches dense_gfl": Pair(
-        "faster_rcnn_teacher",
+        "faster_rcnn",
         FAMILIES["faster_rcnn"],
-        48,
+        16,
         {"backbone": "resnet10t", "channels": 48, "head_depth": 1, "head": "gfl"},
         {"fgd": 1.0},
     ),

@@ -40,8 +40,8 @@ class GuardConfig(Section):
     every: Count = 5  # epochs between looks at the terms' gradients and at the teacher, the first one at the start
     dominates: Positive = 100.0  # how many times the task's gradient a term's may be
     # where it is more; skip leaves it out until the next look. A new head hardly passes the task's gradient on to the
-    # pyramid, so that some losses are far above it at first with the weights that their authors give them
-    dominating_term: Literal["warn", "skip", "stop"] = "warn"
+    # pyramid, so that without balance some losses are far above it at first with the weights of their authors
+    dominating_term: Literal["warn", "skip", "stop"] = "stop"
     bad_term: Literal["stop", "skip"] = "stop"  # where a term is no number
 
 
@@ -124,7 +124,7 @@ class TeacherConfig(Section):
                 "give path, the folder of a trained detector, or detector, with train to train it first; or features "
                 "of a timm network; or say original or ema for the student itself"
             )
-        if self.as_its_weights_are and self.detector.new_head:
+        if self.as_its_weights_are and getattr(self.detector, "new_head", False):
             raise ValueError(
                 "new_head starts the class layers of its detector anew, and train is missing; leave new_head out and "
                 "say in class_map which of its classes are the student's, or give train to train it first"
@@ -175,7 +175,8 @@ class Config(Section):
     inherit: list[str] = []  # parts that the student starts with from the (first) teacher, such as [neck, head]
     widths_of: str | None = None  # a detector folder: the student starts as narrow as that one
     losses: dict[str, LossConfig] = {}
-    balance: Literal["none", "gradient"] = "none"  # how the losses' weights are meant, see distill.combiner
+    # how the losses' weights are meant, see distill.combiner; none without labelled images, which leave no task
+    balance: Literal["none", "gradient"] = "gradient"
     guards: GuardConfig = GuardConfig()
     pruning: PruningConfig | None = None
     train: TrainConfig = TrainConfig()
@@ -197,6 +198,12 @@ class Config(Section):
     def teacher_of(self, loss: str) -> str:
         """The name of the teacher that a loss belongs to."""
         return self.losses[loss].teacher or next(iter(self.all_teachers))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _balance(cls, value: Any) -> Any:
+        data = value.get("data") if isinstance(value, dict) else None
+        return {"balance": "none"} | value if isinstance(data, dict) and data.get("train", "") is None else value
 
     @model_validator(mode="after")
     def _agree(self) -> "Config":

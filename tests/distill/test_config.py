@@ -128,7 +128,7 @@ def test_overrides_that_are_none(write, override, message):
         ("teacher=null", "losses are given but no teacher; add a teacher section, or remove losses"),
         (
             "teacher.class_map={a: b}",
-            "teacher: class_map is for a teacher from a path; any other has the data's",
+            "teacher: class_map is for a teacher from a path or with published weights; any other has the data's",
         ),
         (
             "teacher.cache=bank",

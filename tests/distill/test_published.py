@@ -40,7 +40,7 @@ def build_unit(student, losses, **settings):
 @KINDS
 def test_what_is_left_out_is_what_the_authors_set(kind, pkd, mgd, fgd, gamma, guided):
     names = ["pkd", "cwd", "masked_mimic", "plain_mimic", "mgd", "fgd", "fgd_attention", "attention_guided"]
-    unit = build_unit(STUDENTS[kind], {name: {"name": name} for name in names})
+    unit = build_unit(STUDENTS[kind], {name: {"name": name} for name in names}, balance="none")
     weights = unit.combiner.weights
     assert [weights[name] for name in names] == [pkd, 10.0, 0.01, 1.0, mgd[0], 1.0, gamma, 1.0]
     level = unit.terms["mgd"].levels["P3"]
@@ -53,7 +53,7 @@ def test_what_is_left_out_is_what_the_authors_set(kind, pkd, mgd, fgd, gamma, gu
 
 def test_what_is_given_stays():
     losses = {"fgd": {"name": "fgd", "weight": 0.5, "gamma": 0.0}, "mgd": {"name": "mgd", "mask_ratio": 0.0}}
-    unit = build_unit(STUDENTS["two-stage"], losses)
+    unit = build_unit(STUDENTS["two-stage"], losses, balance="none")
     assert unit.combiner.weights == {"fgd": 0.5, "mgd": 5e-7}
     level = unit.terms["fgd"].levels["P3"]
     assert (level.alpha, level.gamma) == (5e-5, 0.0) and unit.terms["mgd"].levels["P3"].mask_ratio == 0.0
@@ -61,7 +61,7 @@ def test_what_is_given_stays():
 
 def test_a_balanced_weight_that_is_left_out_is_the_whole_share():
     losses = {"a": {"name": "cwd"}, "b": {"name": "mgd"}, "c": {"name": "pkd", "weight": 0.5}}
-    assert build_unit(DENSE, losses, balance="gradient").combiner.weights == {"a": 1.0, "b": 1.0, "c": 0.5}
+    assert build_unit(DENSE, losses).combiner.weights == {"a": 1.0, "b": 1.0, "c": 0.5}
 
 
 def test_the_kind_of_student():
