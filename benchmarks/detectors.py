@@ -55,14 +55,14 @@ class Pair(NamedTuple):
         teacher: what it is.
         epochs: that it is trained for.
         student: trained from scratch.
-        losses: what is carried over, and as what share of the task's gradient.
+        losses: what is carried over.
     """
 
     folder: str
     teacher: dict[str, Any]
     epochs: int
     student: dict[str, Any]
-    losses: dict[str, float]
+    losses: dict[str, dict[str, Any]]
 
 
 PAIRS = {
@@ -71,14 +71,14 @@ PAIRS = {
         FAMILIES["faster_rcnn"],
         16,
         {"backbone": "resnet10t", "channels": 48, "head_depth": 1, "head": "gfl"},
-        {"fgd": 1.0},
+        {"fgd": {"weight": 0.3, "schedule": {"shape": "cosine"}}},
     ),
     "dense_retinanet teaches yolov5": Pair(
         "lite2_retinanet_p2",
         LITE2 | {"head": "retinanet", "levels": [2, 3, 4, 5]},  # of P3's anchors the smallest is larger than a platelet
         16,
         FAMILIES["yolov5"],
-        {"fgd": 1.0},
+        {"fgd": {"weight": 0.3, "schedule": {"shape": "cosine"}}},
     ),
 }
 # parameters in millions, and billions of FLOPs at 640 px, as their authors tell them
@@ -157,8 +157,8 @@ def train_head(folder: Path, head: str, base: Sequence[str], seeds: int) -> dict
 
 def compare(folder: Path, pair: str, base: Sequence[str], seeds: int) -> dict[str, list[float]]:
     """AP of a pair's student, plain and taught, a seed each."""
-    teacher, _, _, student, weights = PAIRS[pair]
-    losses = {name: {"name": name, "weight": weight} for name, weight in weights.items()}
+    teacher, _, _, student, settings = PAIRS[pair]
+    losses = {name: {"name": name, **of_loss} for name, of_loss in settings.items()}
     found: dict[str, list[float]] = {"plain": [], "taught": []}
     for seed in range(seeds):
         place = folder / pair.replace(" ", "_")
@@ -217,10 +217,9 @@ would have been the default had it won.
     text += """
 ## Unlike pairs
 
-A teacher of another kind, students from scratch. The pyramids are compared where strides agree, objects and background
-apart (`fgd`), as strongly as the task pulls (`balance: gradient`). A teacher must know more than its student comes to
-alone, so the RetinaNet is one on ImageNet weights of the `[weights]` extra. Mean over the seeds and its 95% interval;
-the last column compares seed by seed.
+A teacher of another kind, students from scratch. A teacher must know more than its student comes to alone, so the RetinaNet
+is one on ImageNet weights of the `[weights]` extra. Mean over the seeds and its 95% interval; the last column compares seed
+by seed.
 
 """
     rows = []
@@ -228,8 +227,10 @@ the last column compares seed by seed.
         said = (f"`{json.dumps(settings)}`" for settings in (PAIRS[name].teacher, PAIRS[name].student))
         gain = [taught - plain for taught, plain in zip(found["taught"], found["plain"])]
         aps = (points(found["plain"]), points(found["taught"]), points(gain))
-        rows.append([name, *said, f"{100 * found['teacher']:.1f}", *aps])
-    text += markdown(["", "teacher", "student", "AP of the teacher", "plain", "taught", "taught - plain"], rows)
+        losses = f"`{json.dumps(PAIRS[name].losses)}`"
+        rows.append([name, *said, losses, f"{100 * found['teacher']:.1f}", *aps])
+    header = ["", "teacher", "student", "losses", "AP of the teacher", "plain", "taught", "taught - plain"]
+    text += markdown(header, rows)
     text += """
 ## Sizes
 

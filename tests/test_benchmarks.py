@@ -143,7 +143,7 @@ def test_detectors_are_measured_part_by_part(monkeypatch, settings, tmp_path):
     monkeypatch.setattr(detectors, "CONFIG", str(config))
     tiny = {"backbone": "test_resnet", "channels": 16, "head_depth": 1}
     monkeypatch.setattr(detectors, "FAMILIES", {"dense_gfl": tiny | {"head": "gfl"}})
-    pair = detectors.Pair("teacher", tiny | {"head": "retinanet"}, 1, tiny | {"head": "gfl"}, {"pkd": 1.0})
+    pair = detectors.Pair("teacher", tiny | {"head": "retinanet"}, 1, tiny | {"head": "gfl"}, {"pkd": {}})
     monkeypatch.setattr(detectors, "PAIRS", {"dense_retinanet teaches dense_gfl": pair})
     first = detectors.measure(tmp_path / "out", ["dense_gfl"], [], [], ["pruning=null"], 1, 2)
     assert list(first["families"]) == ["dense_gfl"] and not first["pairs"]
