@@ -217,9 +217,9 @@ would have been the default had it won.
     text += """
 ## Unlike pairs
 
-A teacher of another kind, students from scratch. A teacher must know more than its student comes to alone, so the RetinaNet
-is one on ImageNet weights of the `[weights]` extra. Mean over the seeds and its 95% interval; the last column compares seed
-by seed.
+A teacher of another kind, students from scratch. A teacher must know more than its student comes to alone, so the
+RetinaNet is one on ImageNet weights of the `[weights]` extra. Mean over the seeds and its 95% interval; the last column
+compares seed by seed. A weight is a share of the task's gradient.
 
 """
     rows = []
