@@ -34,7 +34,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "fcos": {"name": "fcos", "backbone": "resnet18", "channels": 64, "head_depth": 1},
     "retinanet": {"name": "retinanet", "backbone": "resnet18", "channels": 64},
     "faster_rcnn": {"name": "faster_rcnn", "backbone": "resnet18", "channels": 64},
-    "mask_rcnn": {"name": "mask_rcnn", "backbone": "resnet18", "channels": 64},
     "ssdlite320": {"name": "ssdlite320"},
     "yolov4": {"name": "yolov4", "width": 0.25, "depth": 0.34},
     "yolov5": {"name": "yolov5", "size": "n"},
@@ -199,8 +198,8 @@ def document(results: dict[str, dict[str, Any]], epochs: int, size: Sequence[int
 
 Written by `python benchmarks/detectors.py`. BCCD at {size[1]}x{size[0]} px with `configs/bccd.yaml`'s augmentation and
 rates, {epochs} epochs of 205 photographs, everything from scratch, seed 0, AP in points on `test`. The rates suit the
-dense detectors and no other was tuned, so this shows that a family learns, not which is best. (Mask R-CNN learns its
-boxes, as the data has no masks, so it is a Faster R-CNN here. SSD300 is not here: it takes no image below 300 px.)
+dense detectors and no other was tuned, so this shows that a family learns, not which is best. (Mask R-CNN is not here: its
+boxes alone are learnt, which makes it this Faster R-CNN. Nor is SSD300, which takes no image below 300 px.)
 
 {markdown(["", "student", "parameters", "MACs", "AP", "AP50"], rows)}
 ## Which head
