@@ -198,8 +198,8 @@ def document(results: dict[str, dict[str, Any]], epochs: int, size: Sequence[int
 
 Written by `python benchmarks/detectors.py`. BCCD at {size[1]}x{size[0]} px with `configs/bccd.yaml`'s augmentation and
 rates, {epochs} epochs of 205 photographs, everything from scratch, seed 0, AP in points on `test`. The rates suit the
-dense detectors and no other was tuned, so this shows that a family learns, not which is best. (Mask R-CNN is not here: its
-boxes alone are learnt, which makes it this Faster R-CNN. Nor is SSD300, which takes no image below 300 px.)
+dense detectors and no other was tuned, so this shows that a family learns, not which is best. (Mask R-CNN is not here:
+its boxes alone are learnt, which makes it this Faster R-CNN. Nor is SSD300, which takes no image below 300 px.)
 
 {markdown(["", "student", "parameters", "MACs", "AP", "AP50"], rows)}
 ## Which head
