@@ -3,7 +3,7 @@
     python benchmarks/detectors.py --seeds 3 --bccd ../shared/data/bccd
 
 Every finished run is kept under --output, and a second start goes on from there. Writes --output/detectors.json, and
-docs/detectors.md from all that is in it, so parts can be measured one after the other. `yolox` needs the [zoo] extra.
+docs/detectors.md from all that is in it, so parts can be measured one after the other.
 """
 
 import argparse
@@ -39,7 +39,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "yolov5": {"name": "yolov5", "size": "n"},
     "yolov7": {"name": "yolov7", "width": 0.25},
     "yolov7_tiny": {"name": "yolov7_tiny"},
-    "yolox": {"name": "yolox", "size": "n"},
 }
 HEADS = ("task_aligned", "gfl")  # of the recipe's own student
 HEAD_EPOCHS = 12
@@ -77,7 +76,7 @@ PAIRS = {
         LITE2 | {"head": "retinanet", "levels": [2, 3, 4, 5]},  # of P3's anchors the smallest is larger than a platelet
         16,
         FAMILIES["yolov5"],
-        {"fgd": {"weight": 0.3, "schedule": {"shape": "cosine"}}},
+        {"pseudo_label": {"weight": 1.0}},
     ),
 }
 # parameters in millions, and billions of FLOPs at 640 px, as their authors tell them
