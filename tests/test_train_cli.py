@@ -193,7 +193,10 @@ def test_unknown_backbone(refused):
 
 
 def test_weights_that_are_not_there(refused):
-    refused("student.weights=nowhere.pth", parts=["student.weights: no file nowhere.pth; give the path of one that is there"])
+    refused(
+        "student.weights=nowhere.pth",
+        parts=["student.weights: no file nowhere.pth; give the path of one that is there"],
+    )
 
 
 def test_target_out_of_reach(refused):
