@@ -66,13 +66,14 @@ class DeployedDetector(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The outputs named in `names`, for images (B, 3, H, W) RGB in [0, 1]; boxes are xyxy in their pixels."""
-        output = self.detector(images)
+        output, size = self.detector(images), (images.shape[-2], images.shape[-1])
         if self.outputs == "raw":
             return (*output.class_logits, *output.box_distances)
-        boxes, scores = self.detector.candidates(output)
+        whole = (size,) if isinstance(self.detector, TwoStageDetector) else ()  # what its proposals are clipped to
+        boxes, scores = self.detector.candidates(output, *whole)
         if self.outputs == "boxes":
             return boxes, scores
-        return select_padded(boxes, scores, (images.shape[-2], images.shape[-1]), self.detector.limits)
+        return select_padded(boxes, scores, size, self.detector.limits)
 
     @property
     def names(self) -> tuple[str, ...]:

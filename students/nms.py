@@ -64,8 +64,9 @@ def select_padded(
     num_classes = scores.shape[-1]
     boxes, scores, labels = _candidates(boxes, scores, limits.max_candidates)
     boxes = clip(boxes, image_size)
-    survives = survivors(boxes, scores, labels, num_classes, image_size, limits.iou_threshold)
-    scores = torch.where(survives & (scores > limits.score_threshold), scores, 0.0)
+    counts = scores > limits.score_threshold
+    survives = survivors(boxes, scores, counts, labels, num_classes, image_size, limits.iou_threshold)
+    scores = torch.where(survives, scores, 0.0)
     scores, order = scores.topk(torch.sym_min(limits.max_detections, scores.shape[1]), dim=1)
     found = scores > 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * found[..., None]
@@ -79,14 +80,33 @@ def clip(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
 
 
 def survivors(
-    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, image_size: tuple[int, int], iou_threshold: float
+    boxes: Tensor,
+    scores: Tensor,
+    counts: Tensor,
+    groups: Tensor | int,
+    num_groups: int,
+    image_size: tuple[int, int],
+    iou_threshold: float,
 ) -> Tensor:
-    """Which boxes (B, M, 4) within the image an NMS leaves, (B, M) bool; only boxes of one group (B, M) meet."""
+    """Which boxes an NMS leaves, (B, M) bool, without shapes that depend on values.
+
+    Args:
+        boxes: (B, M, 4) xyxy in pixels, within the image.
+        scores: (B, M).
+        counts: (B, M) bool; the others neither survive nor suppress any.
+        groups: (B, M), from 0; only boxes of one group meet.
+        num_groups: one more than the last.
+        image_size: (height, width) of all images, in pixels.
+        iou_threshold: of two boxes of one group that overlap more, the lower-scored goes.
+    """
     # one NMS for all: boxes of other groups and images are moved so far away that they cannot meet
     images = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
     place = (images * num_groups + groups) * (torch.sym_max(*image_size) + 1)
-    kept = nms((boxes + place[..., None]).flatten(0, 1), scores.flatten(), iou_threshold)
-    return torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores) > 0
+    # what does not count lies in one place of its own, where the first suppresses the rest and costs no more time
+    nowhere = boxes.new_tensor([-2.0, -2.0, -1.0, -1.0])
+    apart = torch.where(counts[..., None], boxes + place[..., None], nowhere)
+    kept = nms(apart.flatten(0, 1), scores.flatten(), iou_threshold)
+    return (torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores) > 0) & counts
 
 
 def _candidates(boxes: Tensor, scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

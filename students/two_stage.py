@@ -74,6 +74,16 @@ class TwoStageDetector(Detector):
         """
 
     @abstractmethod
+    def candidates(self, output: TwoStageOutput, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """See `Detector.candidates`: of as many proposals of every image, which are padded with boxes of score 0.
+
+        Args:
+            output: what `forward` returned for the batch.
+            image_size: (height, width) of all images in pixels, to which proposals are clipped; the pyramid's extent
+                if None, which goes beyond images whose sides the stride of its finest level does not divide.
+        """
+
+    @abstractmethod
     def sample(self, proposals: Sequence[Tensor], targets: list[dict[str, Tensor]]) -> RoiSamples:
         """A random training sample of proposals and true boxes, the same part of both kinds as in the own loss."""
 

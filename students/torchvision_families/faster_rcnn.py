@@ -157,12 +157,9 @@ class FasterRCNNDetector(TorchvisionDetector, TwoStageDetector):
         found = self.model.roi_heads.postprocess_detections(logits, deltas, proposals, image_sizes)
         return self.to_detections([dict(zip(("boxes", "scores", "labels"), image)) for image in zip(*found)])
 
-    def candidates(self, output: TwoStageOutput) -> tuple[Tensor, Tensor]:
-        """See `Detector.candidates`: of as many proposals of every image, which are padded with boxes of score 0.
-
-        Clipped to the pyramid's extent, as in `loss`.
-        """
-        size, heads = self._image_size(output.features), self.model.roi_heads
+    def candidates(self, output: TwoStageOutput, image_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """See `TwoStageDetector.candidates`."""
+        size, heads = image_size or self._image_size(output.features), self.model.roi_heads
         proposals, found = propose_padded(self.model.rpn, output, size)
         pooled = pool_padded(heads.box_roi_pool, output.features[:-1], proposals)
         logits, deltas = heads.box_predictor(heads.box_head(pooled.to(output.features[0].dtype)))

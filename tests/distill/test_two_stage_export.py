@@ -11,7 +11,8 @@ from distill.exported import DeployedDetector, ExportedDetector
 from distill.parity import compare_detections
 from distill.pruning.budget import make_plan
 from distill.pruning.graph import find_groups
-from students.nms import select
+from students import Detections
+from students.nms import clip, select
 from students.plan import apply_plan, named_tensors
 from students.torchvision_families.proposals import propose_padded
 
@@ -26,7 +27,12 @@ def build():
     def build(class_names=("a", "b"), **settings):
         torch.manual_seed(0)
         settings = {"class_names": list(class_names), "backbone": "resnet18", "channels": 32} | settings
-        detector = students.build("faster_rcnn", **settings).eval()
+        detector = students.build("faster_rcnn", **settings)
+        for norm in (module for module in detector.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            norm.momentum = 1.0
+        with torch.no_grad():
+            detector.train()(pictures(4, (128, 128)))  # statistics, without which a MobileNet's maps fade
+        detector.eval()
         for layer in detector.output_layers:
             torch.nn.init.normal_(layer.weight, std=0.1)
         rpn = detector.model.rpn
@@ -78,6 +84,36 @@ def test_candidates_are_what_torchvision_finds(build, version):
 
 
 @torch.no_grad()
+def test_proposals_end_where_the_image_does(detector):
+    """Also where the pyramid goes on, as no stride divides these sides."""
+    size = (61, 94)
+    images = pictures(2, size)
+    wanted = detector.decode(detector(images), [size] * 2)
+    padded = zip(*DeployedDetector(detector, "detections")(images))
+    found = [Detections(boxes[scores > 0], scores[scores > 0], labels[scores > 0]) for boxes, scores, labels in padded]
+    assert_alike(found, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_large"])
+def test_candidates_are_what_the_roi_head_says_of_proposals(build, backbone):
+    """A MobileNet's maps are so coarse that small boxes at the edge look alike to it, and which of two with the same
+    score becomes a detection is chance; so what is compared comes before that."""
+    detector, size = build(backbone=backbone), (96, 100)
+    heads, output = detector.model.roi_heads, detector(pictures(2, size))
+    proposals = detector.propose(output, [size] * 2)
+    logits, deltas = detector._run_roi_head(output.features, proposals)
+    wanted_boxes = clip(heads.box_coder.decode(deltas, proposals)[:, 1:], size)
+    wanted_scores = logits.softmax(dim=1)[:, 1:]
+    boxes, scores = detector.candidates(output, size)
+    there = torch.cat([torch.arange(40) < len(image) for image in proposals])
+    large = (wanted_boxes[..., 2:] - wanted_boxes[..., :2]).amin(dim=-1) >= 0.01
+    torch.testing.assert_close(boxes.flatten(0, 1)[there], wanted_boxes, rtol=0, atol=1e-3)
+    torch.testing.assert_close(scores.flatten(0, 1)[there], wanted_scores * large, rtol=0, atol=1e-5)
+    assert not scores.flatten(0, 1)[~there].any()
+
+
+@torch.no_grad()
 def test_classes_that_are_not_ours_are_left_out(build):
     """Of a head with 7 classes, three are ours, in another order."""
     detector = build("abc", head_classes=7)
@@ -106,7 +142,8 @@ def test_a_cut_detector_in_a_file(detector, format, tmp_path):
         wanted = detector.decode(detector(images), sizes)
     export.write(DeployedDetector(detector, "detections"), file, format, INFO | {"outputs": "detections"})
     exported = ExportedDetector(file)
-    assert_alike(exported.decode(exported(images), sizes), wanted)  # a batch and a half
+    with torch.inference_mode():
+        assert_alike(exported.decode(exported(images), sizes), wanted)  # a batch and a half
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 import torch
 from torchvision.ops import box_iou
 
-from students.nms import select, select_padded
+from students.nms import select, select_padded, survivors
 
 HEIGHT, WIDTH = 60, 100
 
@@ -15,6 +15,29 @@ def test_one_class_competes_with_itself_alone():
     assert labels.tolist() == [[0, 1, 1, -1, -1, -1]]  # as many as there are (box, class) pairs
     clipped = [[0, 0, 100, 10], [0, 0, 80, 10], [0, 40, 30, 60]]
     assert found_boxes.tolist() == [clipped + [[0, 0, 0, 0]] * 3]
+
+
+def test_each_class_may_have_a_box_of_its_own():
+    # of one prediction, of the other; the boxes of class 1 overlap by 0.8, those of class 0 not at all
+    boxes = torch.tensor([[[[0.0, 0, 10, 10], [0, 0, 50, 10]], [[20, 0, 30, 10], [0, 0, 40, 10]]]])
+    scores = torch.tensor([[[0.9, 0.6], [0.8, 0.7]]])
+    found_boxes, found_scores, labels = select_padded(boxes, scores, (HEIGHT, WIDTH))
+    assert labels.tolist() == [[0, 0, 1, -1]]
+    assert found_scores.tolist() == torch.tensor([[0.9, 0.8, 0.7, 0]]).tolist()
+    assert found_boxes.tolist() == [[[0, 0, 10, 10], [20, 0, 30, 10], [0, 0, 40, 10], [0, 0, 0, 0]]]
+    (found,) = select(boxes, scores, [(HEIGHT, WIDTH)])
+    assert torch.equal(found.boxes, found_boxes[0, :3]) and torch.equal(found.labels, labels[0, :3])
+
+
+def test_what_does_not_count_suppresses_nothing():
+    # box 1 overlaps box 0 by 0.8, and has the lower score, but box 0 does not count; nor do 3 and 4, which are alike
+    boxes = torch.tensor([[[0.0, 0, 100, 10], [0, 0, 80, 10], [0, 20, 10, 30], [50, 50, 60, 60], [50, 50, 60, 60]]])
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5]])
+    counts = torch.tensor([[False, True, True, False, False]])
+    left = survivors(boxes, scores, counts, 0, 1, (HEIGHT, WIDTH), 0.6)
+    assert left.tolist() == [[False, True, True, False, False]]
+    every = survivors(boxes, scores, torch.ones_like(counts), 0, 1, (HEIGHT, WIDTH), 0.6)
+    assert every.tolist() == [[True, False, True, True, False]]
 
 
 def random_predictions(batch=3, number=700, classes=4):
