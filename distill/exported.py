@@ -167,7 +167,8 @@ def trace(
         with torch.no_grad(), _quiet():
             return torch.export.export(deployed, (images,), dynamic_shapes=(shapes,) if shapes else None)
     except Exception as error:  # torch.export raises whatever the network's own code and the tracer's parts raise
-        way_out = f"leave out --dynamic {' '.join(dynamic)}" if dynamic else "try --outputs boxes"
+        least = "boxes" if isinstance(deployed.detector, TwoStageDetector) else "raw"
+        way_out = f"leave out --dynamic {' '.join(dynamic)}" if dynamic else f"try --outputs {least}"
         raise UserError(f"{_backbone(deployed)}: cannot be traced ({_reason(error)}); {way_out}") from error
 
 
