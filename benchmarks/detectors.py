@@ -217,7 +217,8 @@ would have been the default had it won.
 
 A teacher of another kind, students from scratch. A teacher must know more than its student comes to alone, so the
 RetinaNet is one on ImageNet weights of the `[weights]` extra. Mean over the seeds and its 95% interval; the last column
-compares seed by seed. A weight is a share of the task's gradient.
+compares seed by seed. A weight is a share of the task's gradient; at a share of 1 throughout, `fgd` cost students of
+this size AP: 0.6 points with the first pair (3 seeds), 3.3 with the second (1 seed).
 
 """
     rows = []

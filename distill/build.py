@@ -319,11 +319,15 @@ def teacher_run_config(config: Config, teacher: TeacherConfig, output_dir: Path)
 
 
 def trains_alike(one: Config, other: Config) -> bool:
-    """Whether two runs come to the same end: where they write and how many processes load does not matter."""
+    """Whether two runs come to the same end: where they write and how many processes load does not matter, nor what is
+    watched, as long as nothing is left out for it, nor how losses are balanced where there are none."""
+    passed_over = {"output_dir", "overwrite", "tracking", "data"}
+    if not (one.losses or other.losses):
+        passed_over |= {"balance", "guards"}
+    if all("skip" not in (config.guards.dominating_term, config.guards.bad_term) for config in (one, other)):
+        passed_over.add("guards")
     return all(
-        getattr(one, key) == getattr(other, key)
-        for key in Config.model_fields
-        if key not in ("output_dir", "overwrite", "tracking", "data")
+        getattr(one, key) == getattr(other, key) for key in Config.model_fields if key not in passed_over
     ) and one.data.model_copy(update={"workers": 0}) == other.data.model_copy(update={"workers": 0})
 
 

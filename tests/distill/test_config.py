@@ -4,6 +4,7 @@ import re
 import pytest
 import yaml
 
+from distill.build import trains_alike
 from distill.config import check_config, load_config, override, read_yaml
 from distill.errors import UserError
 from distill.schema import DETECTORS
@@ -369,3 +370,25 @@ def test_defaults_are_those_of_the_recipe():
     assert (config.train.epochs, config.data.batch_size, config.student.channels) == (12, 8, 96)
     assert (config.train.optimizer.lr, config.train.optimizer.ema, config.seed) == (1e-3, 0.998, 0)
     assert config.teacher is None and config.pruning is None and config.losses == {}
+
+
+def test_runs_that_come_to_the_same_end(settings):
+    def alike(one, other):
+        return trains_alike(*(check_config(settings | changes, "here") for changes in (one, other)))
+
+    assert alike({"output_dir": "a", "tracking": []}, {"output_dir": "b", "overwrite": True})
+    assert not alike({"seed": 0}, {"seed": 1})
+    assert alike({}, {"guards": {"dominating_term": "warn", "every": 3}})
+    assert not alike({}, {"guards": {"dominating_term": "skip"}})
+    assert not alike({"balance": "gradient"}, {"balance": "none"})
+    plain = {"teacher": None, "losses": {}}
+    assert alike(plain | {"balance": "gradient"}, plain | {"balance": "none", "guards": {"dominating_term": "skip"}})
+
+
+def test_without_labelled_images_there_is_nothing_to_balance_with(settings):
+    settings["data"] |= {"train": None, "unlabelled": {"root": "x"}}
+    settings["teacher"] = {"path": "y"}
+    del settings["balance"]
+    assert check_config(settings, "here").balance == "none"
+    del settings["data"]["train"]
+    assert check_config(settings, "here").balance == "gradient"
