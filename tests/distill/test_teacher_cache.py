@@ -85,7 +85,7 @@ def test_every_loss_finds_what_it_goes_by(kind, family, build_tiny, targets, tmp
 
 
 def test_a_network_of_features_alone(build_tiny, images, targets, tmp_path, monkeypatch):
-    monkeypatch.setattr("teachers.features._create", lambda name, weights, size, **more: timm.create_model(name, **more))
+    monkeypatch.setattr("teachers.features._create", lambda name, *_, **more: timm.create_model(name, **more))
     expert = FeatureTeacher("test_vit")
     learner, teacher = build_tiny(), Teacher(expert)
     unit = Distiller(learner, {"it": TERMS["fgd"](learner, expert)})
