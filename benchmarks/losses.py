@@ -217,6 +217,7 @@ The same student throughout, no cuts. Losses are balanced (`balance: gradient`):
 seeds and its 95% interval; gap closed is (distilled - plain) / (teacher - plain). Time (the teacher's part included,
 no cache) and memory (what the student keeps for its backward pass; the teacher's weights and maps come on top) are
 ratios to plain training. `roi_kd` needs two-stage detectors, and `ld` heads with distributions: neither is everywhere.
+The recipes learn by the best of these, scores, boxes and `fgd` alike.
 """
     for result in results:
         title, _, _ = SETS[result["set"]]
