@@ -110,6 +110,9 @@ class CutGuardConfig(Section):
         return self
 
 
+BY_GRADIENTS = ("taylor", "taylor_gate", "group_fisher")
+
+
 class PruningConfig(TimedSection):
     """Channels are cut at the given times, if there is a `target`; blocks and masks have times of their own."""
 

@@ -10,7 +10,7 @@ from distill.schema.base import Count, ImageSize, NotNegative, Positive, Section
 from distill.schema.data import DataConfig
 from distill.schema.detectors import ArtifactConfig, DetectorConfig
 from distill.schema.losses import LossConfig, TermConfig
-from distill.schema.pruning import PruningConfig, TimedSection
+from distill.schema.pruning import BY_GRADIENTS, PruningConfig, TimedSection
 from students import FAMILIES
 
 
@@ -319,6 +319,18 @@ class Config(Section):
                 key = self.teacher_key(name)
                 raise ValueError(
                     f"{key}: cannot be trained first without labelled images (data.train); give {key}.path"
+                )
+        if self.pruning and self.pruning.importance in BY_GRADIENTS:
+            by_weights = "choose an importance that goes by weights, such as group_l2"
+            if not self.pruning.knowledge:
+                raise ValueError(
+                    f"pruning.knowledge: without labelled images (data.train) there is no loss but the teachers', so "
+                    f"{self.pruning.importance} would find no gradient; say true, or {by_weights}"
+                )
+            if all(teacher.itself == "original" for teacher in self.all_teachers.values()):
+                raise ValueError(
+                    f"pruning.importance: {self.pruning.importance} goes by gradients, and without labelled images "
+                    f"(data.train) a student has none before it differs from its only teacher, original; {by_weights}"
                 )
         if self.balance == "gradient":
             raise ValueError(

@@ -392,3 +392,18 @@ def test_without_labelled_images_there_is_nothing_to_balance_with(settings):
     assert check_config(settings, "here").balance == "none"
     del settings["data"]["train"]
     assert check_config(settings, "here").balance == "gradient"
+
+
+def test_gradients_that_no_loss_would_give_are_not_gone_by(settings):
+    settings["data"] |= {"train": None, "unlabelled": {"root": "x"}}
+    settings |= {"teacher": {"path": "y"}, "balance": "none"}
+    assert settings["pruning"]["importance"] == "taylor"
+    check_config(settings, "here")
+    settings["pruning"]["knowledge"] = False
+    with pytest.raises(UserError, match=r"pruning.knowledge: .* taylor would find no gradient; say true, or choose"):
+        check_config(settings, "here")
+    settings["pruning"]["importance"] = "group_l2"
+    check_config(settings, "here")
+    settings["pruning"] |= {"importance": "group_fisher", "knowledge": True}
+    with pytest.raises(UserError, match=r"pruning.importance: group_fisher goes by gradients, .* its only teacher"):
+        check_config(settings | {"teacher": "original"}, "here")
