@@ -141,15 +141,19 @@ def _create(name: str, weights: str, image_size: tuple[int, int] | None, **argum
 def _size_arguments(name: str, image_size: tuple[int, int] | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """How a network is asked for images of any size; else for those of `image_size`; nothing where it needs neither."""
     for asked in ({"dynamic_img_size": True}, {"img_size": image_size} if image_size else {}):
-        try:
-            with torch.device("meta"):
-                timm.create_model(name, **arguments, **asked)
-        except TypeError:  # it knows no such argument
-            continue
-        except Exception:  # whatever else goes wrong, without memory or with, is told when it is made
-            pass
-        return asked
+        if _takes(name, arguments | asked):
+            return asked
     return {}
+
+
+def _takes(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether a network knows these arguments; whatever else is wrong with them is told when it is made."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **arguments)
+    except Exception as error:
+        return not isinstance(error, TypeError)
+    return True
 
 
 def _create_seeded(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from students.adapter import Adapter, DetectedOutput
 from students.detector import Limits
-from students.zoo.library import import_family, require_size
+from students.zoo.libreyolo import import_family, require_size
 
 QUERIES = 300
 # made anew for each size of image, and what only helps training

@@ -9,7 +9,7 @@ from losses.normalizer import average_across_ranks
 from students.adapter import Adapter
 from students.assignment import Objects, pad_targets
 from students.detector import DenseOutput
-from students.zoo.library import import_family, require_size
+from students.zoo.libreyolo import import_family, require_size
 
 BINS = 16
 

@@ -11,7 +11,7 @@ from students.assignment import Objects, pad_targets
 from students.locations import flatten_levels, grid_locations, map_shapes
 from students.yolo.detector import YOLOOutput
 from students.yolo.head import STRIDES, joint_logits
-from students.zoo.library import import_family, require_size
+from students.zoo.libreyolo import import_family, require_size
 
 BOX_WEIGHT = 5.0  # as in libreyolo
 LARGEST = 8.0  # log of a box's side in strides; a fresh network must not overflow
