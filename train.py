@@ -6,6 +6,7 @@ python train.py --resume runs/bccd
 """
 
 import argparse
+import os
 import sys
 import time
 from collections import deque
@@ -77,6 +78,7 @@ def main() -> int:
     try:
         if args.list:
             print_catalog()
+            sys.stdout.flush()
         elif args.resume:
             changes = [item for item in (args.config, *args.overrides) if item]
             other = ["--dry-run"] * args.dry_run + [item for item in changes if "=" not in item]
@@ -104,6 +106,8 @@ def main() -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status
+    except BrokenPipeError:  # whoever reads has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted; go on from the last checkpoint with train.py --resume and its output_dir", file=sys.stderr)
         return 130

@@ -2,12 +2,13 @@
 compiled."""
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list, gather_object
 from torch import nn
 
 from distill.errors import UserError
@@ -26,6 +27,29 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
         broadcast_object_list(problem)
     if problem[0] is not None:
         raise UserError(problem[0])
+
+
+@contextmanager
+def together(accelerator: Accelerator, what: str, way_out: str) -> Iterator[None]:
+    """What fails in one process is a `UserError` in all of them, so that none goes on alone.
+
+    Args:
+        accelerator: of the processes, each of which has to come here.
+        what: has failed then, to begin the message with.
+        way_out: to end it with.
+    """
+    problem, cause = None, None
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, MemoryError, LookupError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        problem, cause = str(error) if isinstance(error, UserError) else f"{what} ({reason}); {way_out}", error
+    problems = [problem]
+    if accelerator.num_processes > 1:
+        problems = gather_object(problems)
+    told = next((one for one in problems if one is not None), None)
+    if told is not None:
+        raise UserError(told) from cause
 
 
 def compile_options() -> dict[str, Any] | None:

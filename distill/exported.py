@@ -11,7 +11,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from distill.errors import UserError
-from distill.measure import time_in_turns
 from students import Detections, Detector, TwoStageDetector
 from students.detector import DenseOutput
 from students.nms import select, select_padded
@@ -230,37 +228,27 @@ def is_ours(file: Path) -> bool:
         return False
 
 
-def measure_onnx(
-    detector: Detector,
-    image_size: tuple[int, int],
-    *,
-    warmup: int = 10,
-    repeats: int = 50,
-    device: torch.device | str | None = None,
-) -> float:
-    """Median time of a pass of one image in ONNX Runtime, in milliseconds: the network alone, without decoding.
+def run_in_onnx(
+    deployed: DeployedDetector, image_size: tuple[int, int], batch: int = 1, threads: int | None = None
+) -> "ExportedDetector":
+    """The same graph in ONNX Runtime, by way of a file that is gone afterwards.
 
     Args:
-        detector: exported by way of a file that is gone afterwards; it stays as it is.
+        deployed: in eval mode on the CPU.
         image_size: (height, width) in pixels.
-        warmup: passes before the first that counts.
-        repeats: passes that count.
-        device: not looked at: it is ONNX Runtime that chooses.
+        batch: images in a pass.
+        threads: of the CPU; what ONNX Runtime prefers otherwise.
 
     Raises:
         UserError: the packages of the `[export]` extra are missing, or ONNX cannot hold the detector.
     """
     check_onnx()
-    deployed = DeployedDetector(copy.deepcopy(detector).cpu().eval(), "network")
-    info = {"class_names": detector.class_names, "image_size": list(image_size), "batch": 1}
+    info = {"class_names": deployed.detector.class_names, "image_size": list(image_size), "batch": batch}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "detector.onnx"
         info |= {"outputs": deployed.outputs, "dynamic": []}
-        write_onnx(trace(deployed, image_size), file, info, deployed.names)
-        exported = ExportedDetector(file)
-    images = torch.zeros(1, 3, *image_size)
-    (milliseconds,) = time_in_turns([lambda: exported(images)], warmup, repeats, torch.device("cpu"))
-    return median(milliseconds)
+        write_onnx(trace(deployed, image_size, batch), file, info, deployed.names)
+        return ExportedDetector(file, threads)
 
 
 def check_onnx(opset: int | None = None, packages: tuple[str, ...] = ("onnx", "onnxruntime", "onnxscript")) -> None:

@@ -8,7 +8,6 @@ import argparse
 import json
 import platform
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,7 @@ import torch
 
 from distill.artifact import input_size, open_detector
 from distill.errors import UserError, exit_status
-from distill.export import write
-from distill.exported import OUTPUTS, DeployedDetector, ExportedDetector, check_onnx
+from distill.exported import OUTPUTS, DeployedDetector, ExportedDetector, run_in_onnx
 from distill.measure import time_in_turns
 from distill.report import Report, counted
 
@@ -120,8 +118,7 @@ def build(path: Path, runtimes: list[str], outputs: str, batch: int, threads: in
     for runtime in runtimes:
         title = f"{path} {runtime}"
         if runtime == "onnx":
-            check_onnx()
-            exported = _exported(deployed.to(cpu), image_size, batch, threads)
+            exported = run_in_onnx(deployed.to(cpu), image_size, batch, threads)
             candidates.append(Candidate(title, exported, image_size, exported.device))
         elif runtime == "compiled":
             candidates.append(Candidate(title, torch.compile(deployed), image_size, device))
@@ -163,15 +160,6 @@ def _first_pass(candidate: Candidate, batch: int) -> Callable[[], object]:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{candidate.title}: does not run here ({reason})") from error
     return lambda: candidate.model(images)
-
-
-def _exported(deployed: DeployedDetector, image_size: tuple[int, int], batch: int, threads: int) -> ExportedDetector:
-    """The same graph in ONNX Runtime, by way of a file that is gone afterwards."""
-    info = {"class_names": deployed.detector.class_names, "image_size": list(image_size), "outputs": deployed.outputs}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "detector.onnx"
-        write(deployed, file, "onnx", info | {"batch": batch, "dynamic": []})
-        return ExportedDetector(file, threads)
 
 
 def _row(entry: dict[str, Any], entries: list[dict[str, Any]]) -> list[str]:

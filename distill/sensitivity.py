@@ -73,6 +73,10 @@ def load(source: Path, overrides: Sequence[str]) -> tuple[Detector, Config]:
         if not settings.is_file():
             raise UserError(f"{settings}: no such file; a run's student is needed, such as runs/x/student, or a config")
         return detector, check_config(override(read_yaml(settings), list(overrides)), str(settings))
+    if not source.exists():
+        raise UserError(
+            f"{source}: no such folder or file; give a detector's folder, such as runs/x/student, or a config"
+        )
     config = load_config(source, list(overrides))
     build.draw_data(config.data)
     names = list(build.open_split(config.data, config.data.train, config.data.classes).class_names)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import students
 from distill.checkpoint import BEFORE_CUT, Progress, go_back, save_checkpoint
 from distill.distiller import Distiller
-from distill.distributed import compile_parts, on_main, release
+from distill.distributed import compile_parts, on_main, release, together
 from distill.ema import EMA
 from distill.evaluation import EvaluationResult
 from distill.guards import check_alike
@@ -48,6 +48,7 @@ class Surgery:
         self.run, self.unit, self.ema, self.optimizer, self.progress = run, run.unit, ema, optimizer, progress
         self.kept: Detector = ema.module if ema else run.unit.student  # the weights that are evaluated and saved
         self._groups: list[dict[str, Any]] = []  # what the plan takes from each, on the main process
+        self._due: float | None = None  # share of the cost that the plan may leave
         if run.sparsity:
             run.sparsity.follow(run.unit, run.config.data.image_size)
         self._write_down()
@@ -68,7 +69,7 @@ class Surgery:
             with torch.compiler.set_stance("force_eager"):  # compiled parts would not leave out what is tried without
                 plan = run.blocks.plan(self.unit, epoch, run.teachers, run.calibration_batches(), step)
             blocks = agree(run.accelerator, plan)
-        self._groups = []
+        self._groups, self._due = [], None
         behind = again and run.pruner.is_behind(epoch, self.progress.left)
         if run.pruner and (behind or run.pruner.cuts_before(epoch)):
             unit = self.unit
@@ -87,34 +88,47 @@ class Surgery:
 
         Returns:
             The unit, wrapped anew.
+
+        Raises:
+            UserError: it failed, here or in another process; nothing is cut then.
         """
         run, unit, progress, epoch = self.run, self.unit, self.progress, self.progress.epoch
         image_size, accelerator = run.config.data.image_size, run.accelerator
         if run.guard:
             save_checkpoint(run.folder.checkpoints, progress, unit, self.ema, self.optimizer, accelerator, BEFORE_CUT)
         uncut = size(unit.student, image_size)
+        failed = f"pruning: the cut before epoch {epoch + 1} failed and nothing was cut"
+        way_out = f"mend that, and go on from the last checkpoint: train.py --resume {run.folder.outermost}"
+        # compiled parts would not call what measures within them
+        with torch.compiler.set_stance("force_eager"), together(accelerator, failed, way_out):
+            offsets, trial = self._rehearse(plan)
         release(accelerator, unit)
-        with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
-            offsets = measure_offsets(self.kept, plan.below("student."), run.calibration_images())
+        with together(accelerator, failed, way_out):
             cut_everywhere(plan, unit, self.ema, self.optimizer)
-            check_alike(accelerator, unit, self.ema)  # or what is shared next would not fit
-            offsets = broadcast(offsets)
-            for detector in dict.fromkeys((unit.student, self.kept)):
-                add_offsets(detector, plan.below("student."), offsets)
-            recalibrate_batch_norms(self.kept, run.calibration_images())
-            share_statistics(self.kept, unit.student)
+        check_alike(accelerator, unit, self.ema)  # or what is shared next would not fit
+        offsets = broadcast(offsets)
+        for detector in dict.fromkeys((unit.student, self.kept)):
+            add_offsets(detector, plan.below("student."), offsets)
+            share_statistics(trial, detector)
+        del trial
         compile_parts([unit.student])
         trained = accelerator.prepare_model(unit)
         if run.sparsity:
             run.sparsity.follow(unit, image_size)
         # what is measured differs from process to process, what follows from it must not
-        (left,) = broadcast_object_list([run.pruner.left(unit) if run.pruner else None])
+        left = run.pruner.left(unit) if run.pruner and accelerator.is_main_process else None
+        (left,) = broadcast_object_list([left])
         progress.record_cut(plan, left, self._groups)
         self._write_down()
+        if self._due is not None and run.pruner.budget == "latency" and left > WITHIN * self._due:
+            run.report.warn(
+                f"pruning.budget: measured again after the cut, {left:.1%} of the latency are left where "
+                f"{self._due:.1%} were due; timings scatter here: give the machine to it alone, or budget MACs"
+            )
         what = f"; without {', '.join(name for name, _ in unit.student.plans[-1].blocks)}" if plan.blocks else ""
         if run.pruner:
             what += f"; {left:.1%} of the {BUDGETS[run.pruner.budget]} left"
-            what += f", {run.pruner.due(epoch):.1%} were due" if run.pruner.cuts_before(epoch) else ""
+            what += f", {self._due:.1%} were due" if self._due is not None else ""
         if run.config.pruning.evaluate:
             progress.within.ap_after_cut = evaluate(self.kept).ap
             what += f"; AP {progress.within.ap_after_cut:.3f} right after"
@@ -181,14 +195,29 @@ class Surgery:
         run.report.say(f"the best student within the budget is saved, that of epoch {best['epoch']}")
         return students.load(run.folder.best).to(run.accelerator.device, memory_format=torch.channels_last)
 
+    def _rehearse(self, plan: Plan) -> tuple[dict[str, Tensor], Detector]:
+        """What is to be added in place of what goes, and a copy of the kept weights to which all that was done.
+
+        Whatever can fail for want of memory or of readable images does so here, where nothing has been touched.
+        """
+        of_student = plan.below("student.")
+        offsets = measure_offsets(self.kept, of_student, self.run.calibration_images())
+        trial = copy.deepcopy(self.kept)
+        apply_plan([(trial, of_student)])
+        add_offsets(trial, of_student, offsets)
+        recalibrate_batch_norms(trial, self.run.calibration_images())
+        return offsets, trial
+
     def _plan_channels(self, unit: Distiller, step: float = 1.0) -> tuple[Plan, list[dict[str, Any]]]:
         """The channels of a unit that are due, the same on every rank; on the main one what it takes by groups, too."""
         run, epoch = self.run, self.progress.epoch
         with torch.compiler.set_stance("force_eager"):  # compiled parts would not call what measures within them
             evidence = run.pruner.measure(unit, run.teachers, run.calibration_batches(16))
         plan, groups = None, []
+        left = 1.0 if self.progress.left is None else self.progress.left
+        self._due = run.pruner.due(epoch, step, left)
         if run.accelerator.is_main_process:
-            plan = run.pruner.plan(unit, epoch, evidence, step)
+            plan = run.pruner.plan(unit, epoch, evidence, step, left)
             groups = run.pruner.explain(unit, plan, evidence)
         return agree(run.accelerator, plan), groups
 

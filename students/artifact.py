@@ -104,7 +104,7 @@ def save(
         new.mkdir()
         recipe = {"recipe": detector.recipe, "info": info or {}}
         (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
-        (new / PLANS).write_text(json.dumps([plan.to_json() for plan in detector.plans]) + "\n")
+        (new / PLANS).write_text(_as_text(detector.plans))
         plain = {key: value for key, value in detector.state_dict().items() if key not in shared}
         tensors, seen = {}, set()
         for key, value in plain.items():
@@ -176,6 +176,12 @@ def narrow(detector: Detector, folder: str | Path) -> None:
             cut(detector, plan)
     except ValueError as error:
         raise ValueError(f"{folder}: was cut from a detector of another recipe ({error})") from error
+
+
+def _as_text(plans: Sequence[Plan]) -> str:
+    """Plans as JSON, a line for each cut, block and number, so that a person can read and compare them."""
+    texts = [",\n".join(f"    {json.dumps(entry)}" for entry in plan.to_json()) for plan in plans]
+    return "[\n" + ",\n".join(f"  [\n{text}\n  ]" for text in texts) + "\n]\n" if texts else "[]\n"
 
 
 def _read_plans(folder: Path) -> list[Plan]:

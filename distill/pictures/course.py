@@ -38,8 +38,8 @@ class GroupCourse:
         layers: by name.
         widths: channels uncut and, epoch by epoch that was cut before, after it: (epochs done, channels).
         macs_saved: by all cuts, each counted after those of the groups above it.
-        kept: mean importance, at the last cut that it lost channels to, of those that stayed.
-        removed: likewise of those that went.
+        kept: mean importance, at the last cut of channels, of those that stayed.
+        removed: likewise of those that went; None where none did.
     """
 
     layers: tuple[str, ...]

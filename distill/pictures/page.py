@@ -135,12 +135,12 @@ def _pruning(course: Course) -> str:
             str(group.widths[0][1]),
             str(group.widths[-1][1]),
             human_share(group.left),
-            *(None if value is None else f"{value:.2e}" for value in (group.kept, group.removed)),
             human_macs(group.macs_saved) if group.macs_saved else None,
+            *(None if value is None else f"{value:.2e}" for value in (group.kept, group.removed)),
         ]
         for group in course.groups
     ]
-    columns = ("layers", "before", "now", "left", "importance kept", "removed", "MACs saved")
+    columns = ("layers", "before", "now", "left", "MACs saved", "importance of those kept", "removed at the last cut")
     text = f'<h2>Groups of channels</h2>\n<div class="scroll groups">{_table(columns, rows)}</div>\n' if rows else ""
     if course.retreats:
         back = [

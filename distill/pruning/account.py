@@ -1,4 +1,4 @@
-"""What a cut took from each group, in words and numbers that a person can read."""
+"""What a cut takes from each group, in words and numbers that a person can read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from students.plan import Plan
 def account(
     groups: Sequence[ChannelGroup], scores: Sequence[Tensor], plan: Plan, tensors: dict[str, Tensor], cost: Cost
 ) -> list[dict[str, Any]]:
-    """An entry for each group that loses channels, JSON-friendly.
+    """An entry for each group, JSON-friendly.
 
     Args:
         groups: all of the unit, uncut.
@@ -24,8 +24,9 @@ def account(
         cost: in MACs, of the unit.
 
     Returns:
-        `layers`, widths `before` and `after`, mean importance of the channels that were `kept` and that were `removed`,
-        and `macs_saved`: by this group, once those above it have been cut; they sum up to what the plan saves.
+        `layers`, widths `before` and `after`, mean importance of the channels that are `kept` and that are `removed`,
+        None where none is, and `macs_saved`: by this group, once those above it have been cut; they sum up to what the
+        plan saves.
     """
     kept = {spot: set(cut.keep) for cut in plan.cuts for spot in cut.slices}
     removed: dict[tuple[str, int | None], set[int]] = {}
@@ -34,8 +35,6 @@ def account(
         first = group.members[0]
         staying = kept.get((first.name, first.dim))
         gone = {c for p, c in zip(first.positions, first.channels) if staying is not None and p not in staying}
-        if not gone:
-            continue
         for spot, indices in group.entries(gone).items():
             removed.setdefault(spot, set()).update(indices)
         before, left = left, cost.after(Plan.from_removed(removed, tensors))
@@ -46,7 +45,7 @@ def account(
                 "before": group.width * group.size,
                 "after": len(stays) * group.size,
                 "kept": float(score[stays].mean()),
-                "removed": float(score[sorted(gone)].mean()),
+                "removed": float(score[sorted(gone)].mean()) if gone else None,
                 "macs_saved": int(before - left),
             }
         )

@@ -117,7 +117,8 @@ def meet_measured(
 ) -> tuple[Plan, float]:
     """The mildest plan found that leaves at most a budget of what has to be measured, such as latency.
 
-    Plans are told apart by what they leave of something that can be counted, so few measurements are needed.
+    Plans are told apart by what they leave of something that can be counted. Bisection that goes by the line through
+    the last two points needs few measurements, as the one nearly follows the other.
 
     Args:
         plan_at: from a share of what can be counted to the mildest plan that leaves at most that.
@@ -129,20 +130,26 @@ def meet_measured(
     Returns:
         The plan and what it leaves; where none of them left little enough, the heaviest that there is.
     """
-    low, high, best = 0.0, 1.0, None
-    share = min(1.0, budget / now)
-    for _ in range(tries if budget else 0):
+    best: tuple[Plan, float] | None = None
+    low, high = (0.0, 0.0), (1.0, now)  # share of what can be counted, and what it leaves; the first is a guess
+    aim = (1 + CLOSE) / 2 * budget
+    share = min(1.0, aim / now)
+    for _ in range(tries):
         plan = plan_at(share)
         left = cost(plan)
         if left <= budget:
-            low = share
-            if best is None or left > best[1]:
-                best = (plan, left)
-            if left >= CLOSE * budget:
+            best = (plan, left)  # milder than any before it
+            if left >= CLOSE * budget or share == 1:
                 break
+            low = line_from = (share, left)
         else:
-            high = share
-        share = (low + high) / 2
+            line_from = low if best else high
+            high = (share, left)
+        line_to = high
+        rise = (line_to[1] - line_from[1]) / ((line_to[0] - line_from[0]) or 1)
+        margin = (high[0] - low[0]) / 4
+        share = high[0] + (aim - high[1]) / rise if rise > 0 else (low[0] + high[0]) / 2
+        share = min(max(share, low[0] + margin), high[0] - margin)
     if best is None:
         heaviest = plan_at(0.0)
         best = (heaviest, cost(heaviest))

@@ -1,18 +1,16 @@
 """What a student costs, now and after a cut that is only planned: the budgets of pruning."""
 
-import copy
 import math
 
 import torch
 from torch import Tensor, nn
 
 from distill.distiller import Distiller
-from distill.exported import measure_onnx
-from distill.measure import count_macs, count_uses, measure_latency, on_meta
+from distill.measure import count_macs, count_uses, on_meta
 from distill.pruning.graph import ChannelGroup
-from students.plan import Plan, apply_plan
+from students.plan import Plan
 
-# what a budget is in, by its name in settings
+# what a budget is in, by its name in settings; all but latency, see `distill.pruning.stopwatch`, can be counted
 BUDGETS = {"macs": "MACs", "params": "parameters", "memory": "activations", "latency": "latency"}
 
 
@@ -20,27 +18,16 @@ class Cost:
     """What the student of a unit costs in one currency, as it is at present.
 
     `macs` are multiply-accumulates of one image; `params` parameters; `memory` the values that convolutions and linear
-    layers give for one image, which is what training keeps; `latency` measured milliseconds of one image. All
-    but the last follow from shapes, so trying a plan takes no time.
+    layers give for one image, which is what training keeps. They follow from shapes, so trying a plan takes no time.
 
     Args:
         unit: the student with its adapters, which cost nothing: they are not deployed.
-        currency: a key of `BUDGETS`.
+        currency: a key of `BUDGETS` but latency.
         image_size: height and width, pixels.
-        device: where latency is measured; None: where the student is.
-        runtime: what it is measured in, `eager` mode or `onnx` for ONNX Runtime.
     """
 
-    def __init__(
-        self,
-        unit: Distiller,
-        currency: str,
-        image_size: tuple[int, int],
-        device: torch.device | str | None = None,
-        runtime: str = "eager",
-    ):
-        self.currency, self.image_size, self.device, self.runtime = currency, image_size, device, runtime
-        self._student = unit.student
+    def __init__(self, unit: Distiller, currency: str, image_size: tuple[int, int]):
+        self.currency = currency
         self._shapes = {f"student.{name}": list(p.shape) for name, p in unit.student.named_parameters()}
         self._uses: dict[str, int] = {}
         self._fixed = 0
@@ -59,13 +46,6 @@ class Cost:
 
     def after(self, plan: Plan) -> float:
         """What the plan, made for the unit, would leave of it."""
-        if self.currency == "latency":
-            trial = copy.deepcopy(self._student)
-            apply_plan([(trial, plan.below("student."))])
-            settings = {"warmup": 5, "repeats": 30, "device": self.device}
-            if self.runtime == "onnx":
-                return measure_onnx(trial, self.image_size, **settings)
-            return measure_latency(trial, self.image_size, **settings)
         gone = tuple(f"{name}." for name, _ in plan.blocks)
         shapes = {name: list(shape) for name, shape in self._shapes.items() if not name.startswith(gone)}
         for cut in plan.cuts:
@@ -75,7 +55,7 @@ class Cost:
         return self._fixed + self._sum(shapes)
 
     def by_channel(self, group: ChannelGroup) -> Tensor:
-        """(width,) what goes with each channel while all others stay; there is no such thing as its latency."""
+        """(width,) what goes with each channel while all others stay."""
         costs = torch.zeros(group.width)
         for member in group.members:
             shape = self._shapes.get(member.name)

@@ -16,12 +16,13 @@ from distill.errors import UserError
 from distill.pruning.account import account
 from distill.pruning.budget import meet_budget, meet_measured
 from distill.pruning.cost import BUDGETS, Cost
-from distill.pruning.graph import ChannelGraph, ChannelGroup, trace_channels
+from distill.pruning.graph import OUTPUT, ChannelGraph, ChannelGroup, trace_channels
 from distill.pruning.importance import IMPORTANCES, Evidence
 from distill.pruning.limits import Limits, layers_of
 from distill.pruning.ranking import Curve, rank_by_harm, rank_by_structure, rank_together, score_greedily
 from distill.pruning.saliency import trained_loss
 from distill.pruning.schedule import share_left
+from distill.pruning.stopwatch import MeasuredCost, Stopwatch
 from distill.terms.adapter import ChannelSelection
 from students.plan import Plan, apply_plan, named_tensors
 from teachers import Teacher
@@ -51,11 +52,11 @@ class Pruner:
         limits: likewise.
         round_to: widths become multiples of this.
         device: where latency is measured; None: where the student is.
-        runtime: in what it is measured, see `Cost`.
+        runtime: in what it is measured, see `Stopwatch`.
 
     Attributes:
         soft_epochs: before which channels are set to 0 instead of cut.
-        uncut: what the student costs before any cut, as `check` finds it.
+        uncut: what the student costs before any cut, as `check` finds it; 1 where it is measured by shares of that.
         uncut_widths: likewise, of the narrowest group that runs through each dimension of each tensor: a group may be
             named otherwise once blocks are gone.
         uncut_groups: likewise, the layers of each group and their width.
@@ -93,6 +94,7 @@ class Pruner:
         self.uncut_widths: dict[tuple[str, int], int] = {}
         self.uncut_groups: list[tuple[list[str], int]] = []
         self.whole: dict[str, str] = {}
+        self._stopwatch: Stopwatch | None = None
         self._traced: tuple[list[tuple[str, torch.Size]], ChannelGraph] | None = None
 
     def check(self, unit: Distiller) -> None:
@@ -103,12 +105,15 @@ class Pruner:
                 matches nothing, a curve is missing, or no plan can reach the target.
         """
         try:
-            graph, cost = self.trace(unit), self._cost(unit)
+            graph = self.trace(unit)
             groups = graph.groups
-            self.uncut, self.uncut_widths = cost.now(), {}
+            if self.budget == "latency":
+                self._stopwatch = Stopwatch(unit.student, self.image_size, self.device, self.runtime)
+            cost = self._cost(unit)
+            self.uncut, self.uncut_widths = cost.now() if isinstance(cost, Cost) else 1.0, {}
             for group in sorted(groups, key=lambda group: group.width, reverse=True):
                 self.uncut_widths |= {(member.name, member.dim): group.width for member in group.members}
-            least = self._least(unit, groups, cost) / self.uncut
+            least = min(1.0, self._least(unit, groups) / self.uncut)
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -123,12 +128,10 @@ class Pruner:
         self.whole = {name.removeprefix("student."): reason for name, reason in graph.whole.items()}
         for layer in (layer for group in groups if self.limits.keeps(group) for layer in layers_of(group)):
             self.whole[layer] = "a pattern of pruning.keep"
-        unknown = [name for name in (layers_of(group)[0] for group in groups) if name not in self.curves]
-        if self.ranking == "sensitivity" and unknown:
-            raise UserError(
-                f"pruning.sensitivity: the file says nothing of {unknown[0]} ({len(unknown)} of {len(groups)} groups "
-                "are missing); scan this student anew with python -m distill.sensitivity"
-            )
+        of_outputs = {id(layer) for layer in unit.student.output_layers}
+        self.whole |= {name: OUTPUT for name, layer in unit.student.named_modules() if id(layer) in of_outputs}
+        if self.ranking == "sensitivity":
+            self._check_curves(groups)
         self._scores(unit, groups, self._measure(unit, groups, {}, ()))
         if least > self.target:
             named = [key for key in ("floor", "keep", "limits") if getattr(self.limits, key)]
@@ -140,6 +143,22 @@ class Pruner:
                 f"{', or choose another adapter than identity, which holds the pyramid at its width' if held else ''}"
             )
 
+    def _check_curves(self, groups: Sequence[ChannelGroup]) -> None:
+        way_out = "scan this student anew with python -m distill.sensitivity"
+        unknown = [name for name in (layers_of(group)[0] for group in groups) if name not in self.curves]
+        if unknown:
+            raise UserError(
+                f"pruning.sensitivity: the file says nothing of {unknown[0]} ({len(unknown)} of {len(groups)} groups "
+                f"are missing); {way_out}"
+            )
+        for group in groups:
+            layer = layers_of(group)[0]
+            if self.curves[layer].width != group.width:
+                raise UserError(
+                    f"pruning.sensitivity: the file is of another student, whose {layer} has "
+                    f"{self.curves[layer].width} channels where this one has {group.width}; {way_out}"
+                )
+
     def measure(self, unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Evidence | None:
         """What the importance goes by, where weights do not say it all; every rank must be given the same batches.
 
@@ -150,7 +169,9 @@ class Pruner:
         """
         return self._measure(unit, self.trace(unit).groups, teachers, batches)
 
-    def plan(self, unit: Distiller, epoch: int, evidence: Evidence | None = None, step: float = 1.0) -> Plan:
+    def plan(
+        self, unit: Distiller, epoch: int, evidence: Evidence | None = None, step: float = 1.0, left: float = 1.0
+    ) -> Plan:
         """The cut that is due before an epoch; empty if the student is small enough already. After `check`.
 
         Args:
@@ -158,13 +179,14 @@ class Pruner:
             epoch: counted from 0.
             evidence: of `measure`, of the unit as it is now.
             step: share of what is due that is taken.
+            left: share of the uncut cost that there is.
         """
         assert self.uncut, "check first: cuts are shares of what is found then"
-        groups, tensors, cost = self.trace(unit).groups, named_tensors(unit), self._cost(unit)
+        groups, tensors = self.trace(unit).groups, named_tensors(unit)
         scores, widths = self._scores(unit, groups, evidence), [self._uncut_width(group) for group in groups]
         if self.per != "none":
             # adapters are not deployed, so what they compute costs nothing; what costs nothing must not go for free
-            costs = cost if self.per == self.budget else Cost(unit, self.per, self.image_size)
+            costs = Cost(unit, self.per, self.image_size)
             scores = [score / costs.by_channel(group).clamp(min=1) for score, group in zip(scores, groups)]
         match self.ranking:
             case "uniform":
@@ -173,12 +195,9 @@ class Pruner:
                 scores = rank_by_structure(groups, scores, widths, tensors)
             case "sensitivity":
                 curves = [self.curves[layers_of(group)[0]] for group in groups]
-                scores = [rank_by_harm(*of_group) for of_group in zip(scores, widths, curves)]
-        budget = self.due(epoch) * self.uncut
-        if step < 1:
-            now = cost.now()
-            budget = now - step * max(0.0, now - budget)
-        return self._meet(unit, groups, scores, budget, cost, step * self._done(epoch))[0]
+                scores = [rank_by_harm(*of_group) for of_group in zip(scores, curves)]
+        budget = self.due(epoch, step, left) * self.uncut
+        return self._meet(unit, groups, scores, budget, left * self.uncut, step * self._done(epoch))[0]
 
     def explain(self, unit: Distiller, plan: Plan, evidence: Evidence | None = None) -> list[dict[str, Any]]:
         """What a plan takes from each group, see `distill.pruning.account`; arguments as in `plan`, before the cut."""
@@ -201,9 +220,10 @@ class Pruner:
         """Whether more is left than may be from an epoch on, and is not to be set to 0 only."""
         return (not self.soft_epochs or epoch >= self.epochs[-1]) and left > self.due(epoch)
 
-    def due(self, epoch: int) -> float:
-        """Share of the uncut cost that may be left from an epoch on."""
-        return share_left(self.schedule, self._done(epoch), self.target)
+    def due(self, epoch: int, step: float = 1.0, left: float = 1.0) -> float:
+        """Share of the uncut cost that may be left from an epoch on; or after a part of the way there from what is."""
+        due = share_left(self.schedule, self._done(epoch), self.target)
+        return due if step == 1 else left - step * max(0.0, left - due)
 
     def left(self, unit: Distiller) -> float:
         """Share of the uncut cost that is left."""
@@ -220,8 +240,8 @@ class Pruner:
         ]
         return max(group.width, *found)
 
-    def _cost(self, unit: Distiller) -> Cost:
-        return Cost(unit, self.budget, self.image_size, self.device, self.runtime)
+    def _cost(self, unit: Distiller) -> Cost | MeasuredCost:
+        return MeasuredCost(unit, self._stopwatch) if self._stopwatch else Cost(unit, self.budget, self.image_size)
 
     def _measure(
         self, unit: Distiller, groups: list[ChannelGroup], teachers: Mapping[str, Teacher], batches: Iterable[Batch]
@@ -246,9 +266,9 @@ class Pruner:
         except ValueError as error:
             raise UserError(f"pruning.importance: {error}") from error
 
-    def _least(self, unit: Distiller, groups: list[ChannelGroup], cost: Cost) -> float:
+    def _least(self, unit: Distiller, groups: list[ChannelGroup]) -> float:
         """The cost when every group is cut as far as may be; which channels they lose does not matter."""
-        return self._meet(unit, groups, [torch.zeros(group.width) for group in groups], 0.0, cost, 1.0)[1]
+        return self._meet(unit, groups, [torch.zeros(group.width) for group in groups], 0.0, self.uncut, 1.0)[1]
 
     def _meet(
         self,
@@ -256,21 +276,22 @@ class Pruner:
         groups: list[ChannelGroup],
         scores: list[Tensor],
         budget: float,
-        cost: Cost,
+        now: float,
         done: float,
     ) -> tuple[Plan, float]:
+        cost = self._cost(unit)
         steps = [group.step(self.round_to) for group in groups]
         bounds = [self.limits.of(group, self._uncut_width(group), step, done) for group, step in zip(groups, steps)]
         floors, caps = [low for low, _ in bounds], [high for _, high in bounds]
         tensors = named_tensors(unit)
-        if self.budget != "latency":
+        if isinstance(cost, Cost):
             return meet_budget(groups, scores, tensors, budget, cost.after, steps, floors, caps)
         macs = Cost(unit, "macs", self.image_size)
 
         def plan_at(share: float) -> Plan:
             return meet_budget(groups, scores, tensors, share * macs.now(), macs.after, steps, floors, caps)[0]
 
-        return meet_measured(plan_at, cost.after, budget, cost.now())
+        return meet_measured(plan_at, cost.after, budget, now, tries=8 if budget else 0)
 
 
 def _told(whole: Mapping[str, str]) -> str:

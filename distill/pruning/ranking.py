@@ -1,6 +1,7 @@
 """From scores within groups to scores that one threshold can be held against."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +9,19 @@ from torch import Tensor
 from distill.pruning.graph import ChannelGroup, Member
 from distill.pruning.importance import Importance
 
-# of a group: shares of its uncut width that may go, ascending, and the harm that each does
-Curve = tuple[Sequence[float], Sequence[float]]
+
+class Curve(NamedTuple):
+    """What cutting a group alone does.
+
+    Attributes:
+        width: channels of the uncut group.
+        shares: of them that go, ascending.
+        harms: what each does.
+    """
+
+    width: int
+    shares: Sequence[float]
+    harms: Sequence[float]
 
 
 def rank_together(scores: Sequence[Tensor], uncut_widths: Sequence[int]) -> list[Tensor]:
@@ -53,7 +65,7 @@ def rank_by_structure(
     return [ranked[number] for number in range(len(groups))]
 
 
-def rank_by_harm(scores: Tensor, uncut_width: int, curve: Curve) -> Tensor:
+def rank_by_harm(scores: Tensor, curve: Curve) -> Tensor:
     """Scores as the harm that was measured when all channels up to each were cut.
 
     Between the shares that were tried it is interpolated; it never falls as more goes, and beyond the last share it
@@ -61,16 +73,15 @@ def rank_by_harm(scores: Tensor, uncut_width: int, curve: Curve) -> Tensor:
 
     Args:
         scores: (width,) of the channels that are left.
-        uncut_width: channels that the group had before any cut.
         curve: the group's.
 
     Returns:
         (width,) float64.
     """
-    shares = torch.tensor([0.0, *curve[0]], dtype=torch.float64)
-    harms = torch.tensor([0.0, *curve[1]], dtype=torch.float64).cummax(dim=0).values
-    gone = uncut_width - len(scores)
-    share = (scores.argsort(stable=True).argsort() + 1 + gone).double() / uncut_width
+    shares = torch.tensor([0.0, *curve.shares], dtype=torch.float64)
+    harms = torch.tensor([0.0, *curve.harms], dtype=torch.float64).cummax(dim=0).values
+    gone = curve.width - len(scores)
+    share = (scores.argsort(stable=True).argsort() + 1 + gone).double() / curve.width
     right = torch.searchsorted(shares, share).clamp(max=len(shares) - 1)
     left = right - 1
     part = ((share - shares[left]) / (shares[right] - shares[left])).clamp(max=1)

@@ -79,17 +79,17 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"pruning.sensitivity: no file {path}; make it with python -m distill.sensitivity")
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[tuple[str, int], list[tuple[float, float]]] = {}
     with path.open(newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
-                cut, harm = float(row["cut"]), float(row["harm"])
+                width, cut, harm = int(row["width"]), float(row["cut"]), float(row["harm"])
                 if not (0 < cut < 1 and math.isfinite(harm)):
                     raise ValueError
-                points.setdefault(row["layer"], []).append((cut, harm))
+                points.setdefault((row["layer"], width), []).append((cut, harm))
             except (KeyError, TypeError, ValueError):  # noqa: PERF203, the line is named
                 raise UserError(
-                    f"pruning.sensitivity: {path}, line {number}, needs a layer, a cut between 0 and 1 and a harm; "
-                    "make the file anew with python -m distill.sensitivity"
+                    f"pruning.sensitivity: {path}, line {number}, needs a layer, its width, a cut between 0 and 1 "
+                    "and a harm; make the file anew with python -m distill.sensitivity"
                 ) from None
-    return {layer: tuple(zip(*sorted(curve))) for layer, curve in points.items()}
+    return {layer: Curve(width, *zip(*sorted(curve))) for (layer, width), curve in points.items()}

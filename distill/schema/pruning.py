@@ -9,6 +9,13 @@ from distill.pruning.schedule import cuts_at
 from distill.schema.base import Count, Epoch, NotNegative, Number, Positive, Section, Share
 
 
+def _least_and_most(value: Any) -> Any:
+    """Refuses a single number, which could be either."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"found {value!r}; [least, most] is needed, shares of the width such as [0.5, 1.0]")
+    return value
+
+
 def _n_of_m(value: Any) -> Any:
     """2:4 as it was written: YAML takes it for a number with the base 60."""
     return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
@@ -136,7 +143,8 @@ class PruningConfig(TimedSection):
     per: Literal["none", "macs", "params", "memory"] = "none"  # with global ranking: the weakest for what they cost
     floor: Share = 0.0  # what every group keeps of its width
     keep: list[str] = []  # patterns of layers that stay as wide as they are, such as backbone.body.layer1.*
-    limits: dict[str, tuple[Share, Share]] = {}  # least and most that layers keep of their width, by pattern
+    # [least, most] that layers keep of their width, by pattern
+    limits: dict[str, Annotated[tuple[Share, Share], BeforeValidator(_least_and_most)]] = {}
     round_to: Count = 8
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 20
     evaluate: bool = False  # AP right after each cut, before any training

@@ -75,7 +75,7 @@ def test_a_run_has_all_pictures_and_a_page_that_needs_nothing_else(make_album, s
 def test_every_group_and_what_stays_whole_is_on_the_page(run):
     draw_run(run)
     page = run.report_file.read_text()
-    cells = "<td>stem, add</td><td>32</td><td>8</td><td>25%</td><td>3.00e+00</td><td>1.00e+00</td><td>500</td>"
+    cells = "<td>stem, add</td><td>32</td><td>8</td><td>25%</td><td>500</td><td>3.00e+00</td><td>1.00e+00</td>"
     assert cells in page and "<td>tower</td><td>16</td><td>16</td><td>100%</td><td>-</td><td>-</td><td>-</td>" in page
     assert "<td>shuffle</td><td>chunk is not followed, in &lt;shuffle&gt;</td>" in page
     assert "<td>before epoch 4</td><td>40%</td><td>5</td><td>AP 0.010 is under the floor of 0.2</td>" in page

@@ -175,8 +175,20 @@ def test_few_measurements_find_a_measured_budget():
         return 4.0 + 4.0 * share
 
     found = meet_measured(lambda share: share, cost, budget=6.0, now=8.0)
-    # 6/8 of what can be counted leaves 7; then halfway down to 0 5.5, and halfway up again 6.25, 5.875, 6.06, 5.97
-    assert measured == [0.75, 0.375, 0.5625, 0.46875, 0.515625, 0.4921875]
-    assert found == (0.4921875, 5.96875)  # within 2% of 6
+    # what is aimed at is 5.94: 5.94/8 of what can be counted leaves 6.97, and the line from there to 1 gives the share
+    assert measured == pytest.approx([0.7425, 0.485])
+    assert found == pytest.approx((0.485, 5.94))  # within 2% of 6
     assert meet_measured(lambda share: share, cost, budget=3.0, now=8.0) == (0.0, 4.0)  # out of reach: the heaviest
     assert meet_measured(lambda share: share, cost, budget=9.0, now=8.0) == (1.0, 8.0)
+
+
+def test_a_measured_budget_is_bracketed_where_cost_is_no_line():
+    measured = []
+
+    def cost(share):
+        measured.append(share)
+        return 2.0 if share < 0.3 else 7.0 + share  # a step, as of a kernel that is chosen by width
+
+    plan, left = meet_measured(lambda share: share, cost, budget=5.0, now=8.0)
+    assert left == 2.0 and 0.25 < plan < 0.3 and len(measured) == 8
+    assert measured == sorted(set(measured), key=measured.index)  # no share is measured twice

@@ -9,7 +9,7 @@ from distill.measure import count_macs, count_parameters
 from distill.pruning.budget import make_plan
 from distill.pruning.cost import Cost
 from distill.pruning.graph import ChannelGroup, Member, find_groups
-from students.plan import Plan, apply_plan, named_tensors
+from students.plan import apply_plan, named_tensors
 
 SIZE = (64, 64)
 
@@ -66,31 +66,3 @@ def test_a_planned_cut_costs_what_it_costs_when_made(build_unit, backbone):
     assert Cost(unit, "macs", SIZE).after(plan) == count_macs(trial, SIZE)
     assert Cost(unit, "params", SIZE).after(plan) == count_parameters(trial)
     assert Cost(unit, "memory", SIZE).after(plan) == Cost(Distiller(trial), "memory", SIZE).now()
-
-
-def test_latency_is_that_of_the_student_after_the_plan(build_unit, monkeypatch):
-    unit = build_unit(channels=32)
-    seen = []
-
-    def measure_latency(model, image_size, **settings):
-        seen.append((count_parameters(model), image_size, settings["device"]))
-        return 5.0
-
-    monkeypatch.setattr("distill.pruning.cost.measure_latency", measure_latency)
-    groups = find_groups(unit, SIZE)
-    plan = make_plan(groups[:1], [torch.arange(float(groups[0].width))], [8], named_tensors(unit))
-    cost = Cost(unit, "latency", SIZE, device="cpu")
-    before = count_parameters(unit.student)
-    assert (cost.now(), cost.after(plan)) == (5.0, 5.0)
-    assert seen[0] == (before, SIZE, "cpu") and seen[1][0] < before
-    assert count_parameters(unit.student) == before
-    assert cost.after(Plan(())) == 5.0 and seen[2][0] == before
-
-
-def test_latency_in_onnx_runtime_is_that_of_the_exported_student(build_unit):
-    pytest.importorskip("onnxruntime")
-    unit = build_unit()
-    before = {name: tensor.clone() for name, tensor in unit.state_dict().items()}
-    cost = Cost(unit, "latency", SIZE, runtime="onnx")
-    assert 0 < cost.now() < 1000
-    assert unit.training and all(torch.equal(tensor, before[name]) for name, tensor in unit.state_dict().items())

@@ -11,6 +11,7 @@ from distill.measure import count_macs
 from distill.pruning.graph import find_groups
 from distill.pruning.limits import layers_of
 from distill.pruning.pruner import Pruner, agree, cut_everywhere
+from distill.pruning.ranking import Curve
 from students.plan import Cut, Plan, named_tensors
 
 SIZE = (64, 64)
@@ -170,8 +171,8 @@ def test_what_does_no_harm_goes_first(build_unit):
     unit = build_unit(channels=64)
     groups = find_groups(unit, SIZE)
     shares = (0.25, 0.5, 0.75)
-    curves = {layers_of(group)[0]: (shares, (10.0, 20.0, 30.0)) for group in groups}
-    curves["head.box_tower.0.conv"] = (shares, (0.0, 0.1, 50.0))
+    curves = {layers_of(group)[0]: Curve(group.width, shares, (10.0, 20.0, 30.0)) for group in groups}
+    curves["head.box_tower.0.conv"] = Curve(64, shares, (0.0, 0.1, 50.0))
     pruner = pruner_for(unit, ranking="sensitivity", curves=curves, target=0.97, epochs=[0])
     plan = pruner.plan(unit, 0)
     (cut,) = [cut for cut in plan.cuts if ("student.head.box_tower.0.conv.weight", 0) in cut.slices]
@@ -179,6 +180,12 @@ def test_what_does_no_harm_goes_first(build_unit):
     others = {name for cut in plan.cuts for name, dim in cut.slices if dim == 0} - {name for name, _ in cut.slices}
     assert not others
 
+    curves["head.box_tower.0.conv"] = Curve(32, shares, (0.0, 0.1, 50.0))
+    with pytest.raises(
+        UserError,
+        match=r"^pruning.sensitivity: .* whose head.box_tower.0.conv has 32 channels where this one has 64;",
+    ):
+        pruner_for(unit, ranking="sensitivity", curves=curves)
     del curves["head.box_tower.0.conv"]
     with pytest.raises(
         UserError, match=r"^pruning.sensitivity: the file says nothing of head.box_tower.0.conv \(1 of "

@@ -4,7 +4,7 @@ import torch
 from distill.pruning.budget import keep_counts
 from distill.pruning.graph import ChannelGroup, Member
 from distill.pruning.importance import IMPORTANCES
-from distill.pruning.ranking import rank_by_harm, rank_by_structure, rank_together, score_greedily
+from distill.pruning.ranking import Curve, rank_by_harm, rank_by_structure, rank_together, score_greedily
 
 
 def test_ranks_within_a_group_count_from_its_uncut_width():
@@ -59,12 +59,12 @@ def test_structures_are_ranked_apart():
 def test_harm_is_that_of_all_that_went_before():
     # shares 0.25, 0.5, 0.75 and 1 of an uncut width of 4; the curve falls at 0.5, which counts as staying level
     scores = torch.tensor([4.0, 1, 3, 2])
-    harm = rank_by_harm(scores, 4, ((0.25, 0.5, 0.9), (2.0, 1.0, 6.0)))
+    harm = rank_by_harm(scores, Curve(4, (0.25, 0.5, 0.9), (2.0, 1.0, 6.0)))
     assert harm[[1, 3, 2]].tolist() == pytest.approx([2, 2, 2 + 4 * 0.25 / 0.4])
     assert harm[0] > 100  # never measured: the last to go
     assert harm[1] < harm[3]  # where the curve is flat, the order of the scores holds
     # with two of six gone already, the weakest that is left makes it three
-    assert rank_by_harm(scores, 6, ((0.25, 0.5), (2.0, 8.0)))[1].item() == pytest.approx(8)
+    assert rank_by_harm(scores, Curve(6, (0.25, 0.5), (2.0, 8.0)))[1].item() == pytest.approx(8)
 
 
 def test_greedy_scores_leave_out_what_went():

@@ -37,16 +37,24 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     write_sensitivities(
         path, [Sensitivity("a", 8, 0.5, 2.0), Sensitivity("a", 8, 0.25, -1.0), Sensitivity("b", 4, 0.5, 3)]
     )
-    assert read_curves(path) == {"a": ((0.25, 0.5), (-1.0, 2.0)), "b": ((0.5,), (3.0,))}
+    assert read_curves(path) == {"a": (8, (0.25, 0.5), (-1.0, 2.0)), "b": (4, (0.5,), (3.0,))}
 
 
 @pytest.mark.parametrize(
-    "text", ["layer,cut\na,0.5\n", "layer,cut,harm\na,0.5,nan\n", "layer,cut,harm\na,1.5,1\n", "layer,cut,harm\na\n"]
+    "text",
+    [
+        "layer,cut\na,0.5\n",
+        "layer,cut,harm\na,0.5,1\n",
+        "layer,width,cut,harm\na,8,0.5,nan\n",
+        "layer,width,cut,harm\na,8,1.5,1\n",
+        "layer,width,cut,harm\na,x,0.5,1\n",
+        "layer,width,cut,harm\na\n",
+    ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "a.csv"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"^pruning.sensitivity: .*a.csv, line 2, needs a layer, a cut between 0 and 1"):
+    with pytest.raises(UserError, match=r"^pruning.sensitivity: .*a.csv, line 2, needs a layer, its width, a cut"):
         read_curves(path)
     with pytest.raises(UserError, match=r"^pruning.sensitivity: no file .*b.csv; make it with"):
         read_curves(tmp_path / "b.csv")
@@ -72,7 +80,7 @@ def test_the_command_writes_what_pruning_takes(build_tiny, settings, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("nowhere.yaml", "nowhere.yaml: no such config file"), (".", "holds no")]
+    ("source", "message"), [("nowhere.yaml", "nowhere.yaml: no such folder or file; give"), (".", "holds no")]
 )
 def test_a_source_that_is_none_is_one_line(monkeypatch, capsys, source, message):
     monkeypatch.setattr(sys, "argv", ["sensitivity", source])
