@@ -7,7 +7,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from statistics import median
 
 import torch
@@ -112,43 +111,41 @@ def count_uses(model: nn.Module, image_size: tuple[int, int]) -> dict[str, int]:
     return uses
 
 
-def measure_latency(
-    model: nn.Module,
-    image_size: tuple[int, int],
-    *,
-    batch: int = 1,
-    warmup: int = 10,
-    repeats: int = 50,
-    device: torch.device | str | None = None,
-) -> float:
-    """Median time of a pass, see `run_whole`, in milliseconds: no decoding, no loading, in the model's own precision.
-
-    A detector is timed as it is deployed.
+def measure_latency(model: nn.Module, image_size: tuple[int, int], *, warmup: int = 10, repeats: int = 50) -> float:
+    """Median time of one image, see `pass_of`, in milliseconds, where the model is.
 
     Args:
-        model: takes images (B, 3, H, W).
+        model: takes images (B, 3, H, W); it stays as it is.
         image_size: (height, width) in pixels.
-        batch: images in each pass.
         warmup: passes before the first that counts, in which kernels are chosen and caches filled.
         repeats: passes that count, each timed alone and waited for.
-        device: where to measure; the model returns to where it was. None measures it where it is.
 
     Raises:
         ValueError: `repeats` is less than 1.
     """
     if repeats < 1:
         raise ValueError(f"measure_latency: repeats is {repeats}; it must be at least 1")
-    model = model.deployed() if isinstance(model, Detector) else model
-    home = _blank_images(model, 0, image_size).device
-    device = home if device is None else torch.device(device)
-    try:
-        model.to(device)
-        images = _blank_images(model, batch, image_size)
-        with eval_mode(model), torch.inference_mode():
-            (milliseconds,) = time_in_turns([lambda: run_whole(model, images)], warmup, repeats, device)
-    finally:
-        model.to(home)
+    run, device = pass_of(model, image_size), _blank_images(model, 0, image_size).device
+    (milliseconds,) = time_in_turns([run], warmup, repeats, device)
     return median(milliseconds)
+
+
+def pass_of(model: nn.Module, image_size: tuple[int, int]) -> Callable[[], object]:
+    """A pass of one image through a copy of a model, to be timed: no decoding, no loading, in its own precision.
+
+    A detector is timed as it is deployed, and all in the memory format in which they are loaded, whatever training
+    uses: times of two formats differ by half and more.
+    """
+    model = copy.deepcopy(model).eval()
+    deployed = model.deployed() if isinstance(model, Detector) else model
+    deployed.to(memory_format=torch.contiguous_format)
+    images = _blank_images(deployed, 1, image_size)
+
+    @torch.inference_mode()
+    def run() -> object:
+        return run_whole(deployed, images)
+
+    return run
 
 
 def measure_cuts(
@@ -167,15 +164,12 @@ def measure_cuts(
     Returns:
         `macs`, `params` and `latency_ms` of each.
     """
-    images = _blank_images(detector, 1, image_size)
-    stages = [students.rebuild(detector.recipe, detector.plans[:earlier]).to(images.device).eval()]
+    device = _blank_images(detector, 0, image_size).device
+    stages = [students.rebuild(detector.recipe, detector.plans[:earlier]).to(device)]
     for plan in detector.plans[earlier:]:
         stages.append(copy.deepcopy(stages[-1]))
         students.apply_plan([(stages[-1], plan)])
-    images = images.float()
-    with torch.inference_mode():
-        passes = [partial(run_whole, stage.deployed(), images) for stage in stages]
-        times = time_in_turns(passes, 5, repeats, images.device)
+    times = time_in_turns([pass_of(stage, image_size) for stage in stages], 5, repeats, device)
     return [
         {"macs": count_macs(stage, image_size), "params": count_parameters(stage), "latency_ms": median(taken)}
         for stage, taken in zip(stages, times)

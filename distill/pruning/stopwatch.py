@@ -8,7 +8,7 @@ import torch
 
 from distill.distiller import Distiller
 from distill.exported import DeployedDetector, run_in_onnx
-from distill.measure import run_whole, time_in_turns
+from distill.measure import pass_of, time_in_turns
 from students import Detector
 from students.plan import Plan, apply_plan
 
@@ -34,25 +34,21 @@ class Stopwatch:
     ):
         home = next(uncut.parameters()).device if device is None else torch.device(device)
         self.image_size, self.runtime = image_size, runtime
-        self.device = torch.device("cpu") if runtime == "onnx" else home
+        self.device = torch.device("cpu") if runtime == "onnx" else home  # it is ONNX Runtime that chooses
         self._uncut = self._pass_of(uncut)
 
     def share(self, student: Detector) -> float:
         """Median over pairs of passes: the student's time by the uncut one's."""
-        with torch.inference_mode():
-            uncut, cut = time_in_turns([self._uncut, self._pass_of(student)], WARMUP, REPEATS, self.device)
+        uncut, cut = time_in_turns([self._uncut, self._pass_of(student)], WARMUP, REPEATS, self.device)
         return median(after / before for before, after in zip(uncut, cut))
 
     def _pass_of(self, student: Detector) -> Callable[[], object]:
-        """A pass of one image with a copy, as it is deployed: the network alone, no decoding."""
-        student = copy.deepcopy(student).eval()
-        if self.runtime == "onnx":
-            exported = run_in_onnx(DeployedDetector(student.cpu(), "network"), self.image_size)
-            return lambda: exported(torch.zeros(1, 3, *self.image_size))
-        deployed = student.deployed().to(self.device)
-        precision = next(deployed.parameters()).dtype
-        images = torch.zeros(1, 3, *self.image_size, device=self.device, dtype=precision)
-        return lambda: run_whole(deployed, images)
+        student = copy.deepcopy(student).eval().to(self.device)
+        if self.runtime == "eager":
+            return pass_of(student, self.image_size)
+        deployed = DeployedDetector(student, "network")
+        exported = run_in_onnx(deployed, self.image_size, threads=torch.get_num_threads())
+        return lambda: exported(torch.zeros(1, 3, *self.image_size))
 
 
 class MeasuredCost:

@@ -46,25 +46,25 @@ def test_macs_do_not_depend_on_precision():
 
 
 class Probe(nn.Module):
-    """Notes how it is called, and takes a scripted time."""
+    """Notes how it is called, in a list that its copies share, and takes a scripted time."""
 
     def __init__(self, seconds: tuple[float, ...] = ()):
         super().__init__()
         self.norm = nn.BatchNorm2d(3)
-        self.seconds = seconds
-        self.calls = []
+        self.seconds, calls = seconds, []
+        self.note = lambda call: calls.append(call) or calls
 
     def forward(self, images):
-        self.calls.append((tuple(images.shape), self.training, torch.is_inference_mode_enabled()))
-        time.sleep(self.seconds[len(self.calls) - 1] if self.seconds else 0)
+        calls = self.note((tuple(images.shape), self.training, torch.is_inference_mode_enabled()))
+        time.sleep(self.seconds[len(calls) - 1] if self.seconds else 0)
         return self.norm(images)
 
 
 def test_latency_is_the_median_after_the_warmup():
     model = Probe(seconds=(0.3, 0.01, 0.01, 0.3, 0.01))
     # One slow pass warms up and one of four is an outlier: the mean would be over 80 ms.
-    assert 10 <= measure_latency(model, (6, 4), batch=2, warmup=1, repeats=4) < 60
-    assert model.calls == [((2, 3, 6, 4), False, True)] * 5
+    assert 10 <= measure_latency(model, (6, 4), warmup=1, repeats=4) < 60
+    assert model.note("end") == [((1, 3, 6, 4), False, True)] * 5 + ["end"]
 
 
 def test_candidates_take_turns():
@@ -81,11 +81,10 @@ def test_candidates_take_turns():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_latency_waits_for_the_gpu():
-    model = nn.Sequential(*[nn.Conv2d(3 if i == 0 else 256, 256, 3, padding=1) for i in range(8)])
-    small = measure_latency(model, (64, 64), warmup=5, repeats=10, device="cuda")
-    large = measure_latency(model, (1024, 1024), warmup=5, repeats=10, device="cuda")
+    model = nn.Sequential(*[nn.Conv2d(3 if i == 0 else 256, 256, 3, padding=1) for i in range(8)]).cuda()
+    small = measure_latency(model, (64, 64), warmup=5, repeats=10)
+    large = measure_latency(model, (1024, 1024), warmup=5, repeats=10)
     assert large > 5 * small  # without waiting both would take the time of the launches
-    assert next(model.parameters()).device.type == "cpu"
 
 
 def test_latency_needs_a_pass():
