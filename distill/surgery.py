@@ -227,6 +227,8 @@ class Surgery:
         if not (run.pruner or run.blocks) or not run.accelerator.is_main_process:
             return
         content: dict[str, Any] = {"cuts": self.progress.cuts, "retreats": self.progress.retreats}
+        if run.blocks:
+            content["blocks"] = run.blocks.may_go
         if run.pruner:
             content |= {"budget": run.pruner.budget, "target": run.pruner.target, "whole": run.pruner.whole}
             content["groups"] = [{"layers": layers, "width": width} for layers, width in run.pruner.uncut_groups]

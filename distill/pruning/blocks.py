@@ -28,6 +28,9 @@ class BlockPruner:
         importance: `loss` is what the loss becomes without the block, measured anew after each that goes; `taylor` the
             sum over its weights of (w dL/dw)^2 (Molchanov 2019, arXiv 1906.10771), measured once for all that go.
         keep: patterns, such as `backbone.body.layer1.*`, of blocks that stay.
+
+    Attributes:
+        may_go: by name, whether each block of the uncut student may go, as `check` finds them.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class BlockPruner:
     ):
         self.image_size, self.count, self.epochs = image_size, count, sorted(set(epochs))
         self.importance, self.keep = importance, tuple(keep)
+        self.may_go: dict[str, bool] = {}
 
     def check(self, unit: Distiller) -> None:
         """Looks at the student before anything is taken from it.
@@ -53,7 +57,8 @@ class BlockPruner:
                 near = difflib.get_close_matches(pattern, names, 1, cutoff=0.0)
                 such = f", such as {near[0]}" if near else ""
                 raise UserError(f"pruning.blocks.keep: {pattern!r} matches none of the {len(names)} blocks{such}")
-        free = [name for name in names if not self._stays(name)]
+        self.may_go = {name: not self._stays(name) for name in names}
+        free = [name for name in names if self.may_go[name]]
         if self.count > len(free):
             raise UserError(
                 f"pruning.blocks.count: {self.count} are to go, but {unit.student.title} has {len(free)} residual "

@@ -68,6 +68,8 @@ def test_nothing_is_pickled(build_tiny, tmp_path):
     assert files.keys() == {"detector.json", "plans.json", "model.safetensors"}
     assert json.loads(files["detector.json"])["recipe"]["name"] == "dense"
     assert len(json.loads(files["plans.json"])) == 2
+    entries = [line for line in files["plans.json"].decode().splitlines() if "{" in line]
+    assert all(isinstance(json.loads(line.strip().rstrip(",")), dict) for line in entries)  # one a line
     header = int.from_bytes(files["model.safetensors"][:8], "little")
     assert json.loads(files["model.safetensors"][8 : 8 + header])
 

@@ -194,6 +194,8 @@ def test_blocks_go_in_equal_numbers_and_never_twice(build_tiny, batch):
     unit = Distiller(build_tiny(backbone="resnet18"))
     pruner = BlockPruner(SIZE, count=3, epochs=[4, 2], keep=["*.layer4.*"])
     pruner.check(unit)
+    assert [name for name, may_go in pruner.may_go.items() if not may_go] == ["backbone.body.layer4.1"]
+    assert sum(pruner.may_go.values()) == 4
     optimizer = torch.optim.AdamW(unit.parameters())
     for epoch, gone in ((2, 2), (4, 3)):  # half of three is 1.5, which rounds to 2
         cut_everywhere(pruner.plan(unit, epoch, {}, [batch]), unit, None, optimizer)

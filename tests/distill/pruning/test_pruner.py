@@ -167,6 +167,23 @@ def test_kept_layers_stay_whole_and_limited_ones_within_their_limits(build_unit)
     assert pruner.left(unit) <= 0.6
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"name": "fcos", "backbone": "resnet18", "class_names": ["a", "b"]},
+        {"name": "dense", "backbone": "test_resnet", "head": "retinanet", "class_names": ["a", "b"], "channels": 16},
+    ],
+)
+def test_every_layer_is_in_a_group_or_says_why_not(recipe):
+    unit = Distiller(students.build(**recipe))
+    pruner = pruner_for(unit, floor=0.1, target=0.9)
+    told = {layer for layers, _ in pruner.uncut_groups for layer in layers} | set(pruner.whole)
+    layers = {n for n, m in unit.student.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    assert not layers - told
+    predicting = {pruner.whole[n] for n, m in unit.student.named_modules() if m in unit.student.output_layers}
+    assert predicting == {"what it gives means something by its place"}
+
+
 def test_what_does_no_harm_goes_first(build_unit):
     unit = build_unit(channels=64)
     groups = find_groups(unit, SIZE)
