@@ -50,17 +50,20 @@ class Arm:
         taught: by the teacher, with the recipe's losses.
         cuts: `gradual` between epochs, in `one` shot, or `none`.
         widths_of: the arm whose widths it starts with.
+        scratch: with random weights, where the recipe's are published ones.
     """
 
     taught: bool
     cuts: str = "none"
     widths_of: str | None = None
+    scratch: bool = False
 
 
 WAYS = {
     OURS: Arm(taught=True, cuts="gradual"),
     "one-shot cut + distillation": Arm(taught=True, cuts="one"),
     "one-shot cut, fine-tuned without a teacher": Arm(taught=False, cuts="one"),
+    "same widths from scratch + distillation": Arm(taught=True, widths_of=OURS, scratch=True),
     "same widths from the start + distillation": Arm(taught=True, widths_of=OURS),
 }
 
@@ -92,18 +95,25 @@ def compare(
 ) -> dict[str, Any]:
     """Trains the teacher and all arms on one data set that are not there yet, and times all students in turns."""
     folder = folder.resolve()
-    as_student = read_yaml(ROOT / config)["teacher"]
+    recipe = read_yaml(ROOT / config)
+    as_student = recipe["teacher"]
+    # without published weights to start from, it is from scratch
+    ways = {
+        way: arm
+        for way, arm in WAYS.items()
+        if recipe["student"].get("weights", "none") != "none" or arm.scratch or not arm.widths_of
+    }
     alone = [setting("student", as_student["detector"]), setting("train", as_student["train"])]
     taught_by = run_arm(folder / "teacher", config, [*base, *PLAIN, "pruning=null", *alone])["student"]
     arms: dict[str, dict[str, Any]] = {UNPRUNED: {"removed": 0, "seeds": []}}
-    arms |= {name_of(way, share): {"removed": share, "seeds": []} for share in removed for way in WAYS}
+    arms |= {name_of(way, share): {"removed": share, "seeds": []} for share in removed for way in ways}
     students: dict[Path, dict[str, Any]] = {}
     for seed in range(seeds):
         places = {arm: folder / re.sub(r"\W+", "_", arm).strip("_") / f"seed{seed}" for arm in arms}
         shared = [*base, VIEWS, f"train.epochs={epochs}", f"seed={seed}"]
         run_arm(places[UNPRUNED], config, [*shared, *PLAIN, "pruning=null"])
         for share in removed:
-            for way, arm in WAYS.items():
+            for way, arm in ways.items():
                 widths_of = places[name_of(arm.widths_of, share)] if arm.widths_of else None
                 overrides = overrides_of(arm, share, epochs, folder, seed, widths_of)
                 run_arm(places[name_of(way, share)], config, [*shared, *overrides])
@@ -126,7 +136,8 @@ def overrides_of(arm: Arm, removed: int, epochs: int, folder: Path, seed: int, w
     changes = [setting("teacher", teacher)] if arm.taught else PLAIN
     first, last = cut_between(epochs)
     if arm.cuts == "none":
-        return [*changes, "pruning=null", f"widths_of={widths_of / 'student'}"]
+        scratch = ["student.weights=none"] if arm.scratch else []
+        return [*changes, *scratch, "pruning=null", f"widths_of={widths_of / 'student'}"]
     when = [f"pruning.start={first if arm.cuts == 'gradual' else last}", f"pruning.end={last}"]
     return [*changes, *when, f"pruning.target={1 - removed / 100:g}", "pruning.evaluate=true"]
 
@@ -191,12 +202,12 @@ def section(results: dict[str, Any], seeds: int, epochs: int) -> str:
     first, last = (epoch + 1 for epoch in cut_between(epochs))
     on = counted(torch.get_num_threads(), "thread")
     text = f"""Every student is trained for {epochs} epochs in all, by the recipe's optimizer, importance and ranking.
-Cuts between epochs come before epochs {first} to {last}, one-shot cuts before epoch {last}. *Same widths from the
-start* has the widths that the cuts between epochs came to, and the recipe's first weights (random for the scenes,
-ImageNet's for the others) cut likewise, so it knows nothing of what was learnt before a cut. AP in points on the
-recipe's test split, mean over {counted(seeds, "seed")} and its 95% interval; right after the last cut, before any
-training, it is AP on val. *Against unpruned* compares seed by seed. Latency is that of one image, eager mode, {on} of a
-CPU, all students in turns.
+Cuts between epochs come before epochs {first} to {last}, one-shot cuts before epoch {last}. *Same widths from scratch*
+has the widths that the cuts between epochs came to, and random weights; *same widths from the start* the recipe's
+first weights, ImageNet's, cut likewise, so it knows where to cut, but nothing of what was learnt before. AP in points
+on the recipe's test split, mean over {counted(seeds, "seed")} and its 95% interval; right after the last cut, before
+any training, it is AP on val. *Against unpruned* compares seed by seed. Latency is that of one image, eager mode, {on}
+of a CPU, all students in turns.
 
 ```
 python benchmarks/recovery.py --sets {" ".join(results)} --seeds {seeds} --epochs {epochs}
