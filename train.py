@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import students
-from distill import build
+from distill import factory
 from distill.catalog import print_catalog
 from distill.checkpoint import (
     EpochProgress,
@@ -30,7 +30,7 @@ from distill.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from distill.config import check_config, load_config, override
+from distill.config import check_config, load_config, override, trains_alike
 from distill.data import set_epoch, start_after
 from distill.distiller import Distiller
 from distill.distributed import compile_options, compile_parts, on_main, share_buffers
@@ -120,15 +120,15 @@ def main() -> int:
 def train(config: Config, resume: bool = False, dry_run: bool = False, role: str = "student") -> None:
     """One run, from settings to the last table; a teacher that must be trained first is a run of its own."""
     accelerator = build_accelerator(config)
-    on_main(accelerator, lambda: build.draw_data(config.data))
-    data = build.build_data(config.data, config.seed)
+    on_main(accelerator, lambda: factory.draw_data(config.data))
+    data = factory.build_data(config.data, config.seed)
     set_seed(config.seed)
-    student = build.build_student(config, data.class_names)
-    detectors = build.build_teachers(config, data.class_names, student)
-    unit = build.build_unit(config, student, detectors)
-    pruner = build.build_pruner(config, unit, accelerator.device)
-    blocks = build.build_block_pruner(config, unit)
-    sparsity, masks = build.build_sparsity(config, unit), build.build_masks(config, unit)
+    student = factory.build_student(config, data.class_names)
+    detectors = factory.build_teachers(config, data.class_names, student)
+    unit = factory.build_unit(config, student, detectors)
+    pruner = factory.build_pruner(config, unit, accelerator.device)
+    blocks = factory.build_block_pruner(config, unit)
+    sparsity, masks = factory.build_sparsity(config, unit), factory.build_masks(config, unit)
 
     folder = RunFolder(config.output_dir)
     untrained = {name: teacher for name, teacher in config.all_teachers.items() if teacher.trained_first}
@@ -177,7 +177,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
                 blocks,
                 sparsity,
                 masks,
-                build.build_guard(config),
+                factory.build_guard(config),
                 folder,
                 report,
                 accelerator,
@@ -187,7 +187,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
             )
             while fit(run):  # the guard took a cut back
                 accelerator.free_memory()
-                run.unit = build.build_unit(config, build.build_student(config, data.class_names), detectors)
+                run.unit = factory.build_unit(config, factory.build_student(config, data.class_names), detectors)
         stop_tracking(accelerator, config)
 
 
@@ -196,7 +196,7 @@ def make_teachers(
     detectors: dict[str, Detector],
     accelerator: Accelerator,
     folder: RunFolder | None,
-    data: build.Data,
+    data: factory.Data,
     report: Report,
 ) -> dict[str, Teacher]:
     """Freezes detectors, each on this process's device."""
@@ -220,7 +220,7 @@ def settle_student(
     teachers: dict[str, Teacher],
     accelerator: Accelerator,
     folder: RunFolder | None,
-    data: build.Data,
+    data: factory.Data,
     report: Report,
 ) -> Way:
     """What the student is trained in, apart from Accelerate's mixed precision."""
@@ -241,8 +241,8 @@ def settle_student(
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
     """A run's own teacher: trained by the same loop, once; a finished one with the same settings is reused."""
     training, key = RunFolder(folder.teacher_run(name)), config.teacher_key(name)
-    settings = build.teacher_run_config(config, config.all_teachers[name], training.path)
-    same = training.config_file.is_file() and build.trains_alike(
+    settings = factory.teacher_run_config(config, config.all_teachers[name], training.path)
+    same = training.config_file.is_file() and trains_alike(
         check_config(training.config, str(training.config_file)), settings
     )
     if same and training.is_finished:
@@ -255,7 +255,7 @@ def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, 
     teacher = students.load(training.student)
     if accelerator.is_main_process:
         students.save(teacher, folder.teacher(name), students.read_info(training.student))
-    return build.at_own_size(teacher, config.all_teachers[name], config.data)
+    return factory.at_own_size(teacher, config.all_teachers[name], config.data)
 
 
 def fit(run: Run) -> bool:
@@ -427,7 +427,7 @@ def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:
     for name in names:
         folder, detector = run.folder.teacher(name), run.teachers[name].detector
         if there:
-            detector.load_state_dict(build.load_detector(str(folder), run.config.teacher_key(name)).state_dict())
+            detector.load_state_dict(factory.load_detector(str(folder), run.config.teacher_key(name)).state_dict())
         elif run.accelerator.is_main_process:
             students.save(detector, folder, info)
 
@@ -525,7 +525,7 @@ def train_epoch(
     return {name: value / within.step for name, value in within.sums.items()}
 
 
-def evaluation(split: build.Split, accelerator: Accelerator) -> Callable[[Detector], EvaluationResult]:
+def evaluation(split: factory.Split, accelerator: Accelerator) -> Callable[[Detector], EvaluationResult]:
     """A function that says what a detector is worth on a split."""
     evaluator = DetectionEvaluator(split.index.to_coco(), split.index.class_names)
     loader = accelerator.prepare(split.loader)

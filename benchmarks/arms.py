@@ -10,8 +10,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from distill.build import trains_alike
-from distill.config import check_config, load_config
+from distill.config import check_config, load_config, trains_alike
 from distill.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

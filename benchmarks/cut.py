@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import students
 from benchmarks.arms import interval, markdown, run_arm
 from benchmarks.importance import task_loss
-from distill import build
+from distill import factory
 from distill.config import check_config, read_yaml
 from distill.distiller import Distiller
 from distill.ema import EMA
@@ -117,7 +117,7 @@ def measured(seconds: dict[str, dict[str, float]], part: str) -> Iterator[None]:
 def losses_after(folder: Path) -> dict[str, float]:
     """The task's loss on val of a trained student: uncut, and right after a cut to half the MACs by its BN scales."""
     config = check_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    data = build.build_data(config.data.model_copy(update={"workers": 0}), config.seed)
+    data = factory.build_data(config.data.model_copy(update={"workers": 0}), config.seed)
     size, batch_size = config.data.image_size, config.data.batch_size
     student = students.load(folder / "student")
     pruner = Pruner(size, 0.5, [0], importance="bn_scale", ranking="global", floor=0.1)

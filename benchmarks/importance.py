@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import students
 from benchmarks.arms import interval, markdown, run_arm
-from distill import build
+from distill import factory
 from distill.config import check_config, read_yaml
 from distill.data import Batch
 from distill.distiller import Distiller
@@ -69,7 +69,7 @@ def correlate(folder: Path, channels: int, batches: int, seed: int) -> dict[str,
         correlation over the channels of all groups together, as global ranking compares them.
     """
     config = check_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    data = build.build_data(config.data.model_copy(update={"workers": 0}), config.seed)
+    data = factory.build_data(config.data.model_copy(update={"workers": 0}), config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unit = Distiller(students.load(folder / "student")).to(device)
     groups = find_groups(unit, config.data.image_size)

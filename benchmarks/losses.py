@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be this file
 
 from benchmarks.arms import ROOT, interval, markdown, points, run_arm, setting
-from distill import build
+from distill import factory
 from distill.combiner import Combiner
 from distill.config import check_config, override, read_yaml
 from distill.data import Batch
@@ -146,11 +146,11 @@ class Step:
     """One training step on one batch, again and again."""
 
     def __init__(self, config: Config):
-        data = build.build_data(config.data, config.seed)
-        student = build.build_student(config, data.class_names)
-        detectors = build.build_teachers(config, data.class_names, student)
+        data = factory.build_data(config.data, config.seed)
+        student = factory.build_student(config, data.class_names)
+        detectors = factory.build_teachers(config, data.class_names, student)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.unit = build.build_unit(config, student, detectors)
+        self.unit = factory.build_unit(config, student, detectors)
         self.unit.to(self.device, memory_format=torch.channels_last).train()
         self.teachers = {name: Teacher(detector, self.device) for name, detector in detectors.items()}
         self.unit.bind(detectors)

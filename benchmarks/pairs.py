@@ -27,7 +27,7 @@ from torch import Tensor
 
 import students
 from benchmarks.arms import ROOT, markdown
-from distill import build
+from distill import factory
 from distill.errors import UserError
 from distill.schema import LossConfig
 from distill.terms import TERMS
@@ -155,7 +155,7 @@ def try_loss(
     settings = {"score_threshold": 0.0} if loss == "pseudo_label" else {}
     config = TypeAdapter(LossConfig).validate_python({"name": loss, **settings})
     try:
-        term = build.build_term(config, student, teacher, "it")
+        term = factory.build_term(config, student, teacher, "it")
     except UserError as error:
         return str(error)
     # what the student said, cut off from its network, so that each loss goes back to there alone

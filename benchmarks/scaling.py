@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.arms import markdown
-from distill import build
+from distill import factory
 from distill.config import load_config
 from distill.distiller import Distiller
 from distill.ema import EMA
@@ -35,9 +35,9 @@ from teachers import Teacher
 
 def build_all(config: Config, class_names: list[str], device: torch.device) -> tuple[Distiller, dict[str, Teacher]]:
     """The untrained parts of a run; what a teacher has learnt changes neither memory nor time."""
-    student = build.build_student(config, class_names)
-    detectors = build.build_teachers(config, class_names, student)
-    unit = build.build_unit(config, student, detectors)
+    student = factory.build_student(config, class_names)
+    detectors = factory.build_teachers(config, class_names, student)
+    unit = factory.build_unit(config, student, detectors)
     ways = {name: recorded("", config.all_teachers[name].precision, None) for name in detectors}
     return unit, {name: Teacher(one, device, ways[name].precision) for name, one in detectors.items()}
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.arms import ROOT, markdown
 from benchmarks.scaling import peak
-from distill import build
+from distill import factory
 from distill.config import check_config, override, read_yaml
 from distill.distiller import Distiller
 from distill.errors import UserError
@@ -88,8 +88,8 @@ def measure(run: str, losses: list[str] | None, repeats: int) -> dict[str, Any]:
     seconds = take_turns(arms, repeats, device)
     shares = {arm: [a / b for a, b in zip(taken, seconds[PLAIN])] for arm, taken in seconds.items()}
     memory = {arm: memory_of(run, arm) for arm in (PLAIN, OURS)}
-    student = build.build_student(config, CLASSES)
-    detector = next(iter(build.build_teachers(config, CLASSES, student).values()))
+    student = factory.build_student(config, CLASSES)
+    detector = next(iter(factory.build_teachers(config, CLASSES, student).values()))
     size, batch = config.data.image_size, config.data.batch_size
     weights = sum(4 * p.numel() for p in detector.parameters())
     found = {
@@ -174,9 +174,9 @@ def build_unit(config: Config, losses: Mapping[str, Any], device: torch.device) 
     settings |= {} if losses else {"teacher": None, "teachers": {}, "balance": "none"}
     config = check_config(settings, "an arm")
     torch.manual_seed(0)
-    student = build.build_student(config, CLASSES)
-    detectors = build.build_teachers(config, CLASSES, student)
-    unit = build.build_unit(config, student, detectors)
+    student = factory.build_student(config, CLASSES)
+    detectors = factory.build_teachers(config, CLASSES, student)
+    unit = factory.build_unit(config, student, detectors)
     unit.to(device, memory_format=torch.channels_last).train()
     ways = {name: recorded("", config.all_teachers[name].precision, None) for name in detectors}
     teachers = {name: Teacher(detector, device, ways[name].precision) for name, detector in detectors.items()}
@@ -203,7 +203,7 @@ def fast_teacher(config: Config, device: torch.device) -> Step:
 
 
 def untrained_teacher(config: Config, device: torch.device) -> tuple[Detector, Tensor]:
-    detectors = build.build_teachers(config, CLASSES, build.build_student(config, CLASSES))
+    detectors = factory.build_teachers(config, CLASSES, factory.build_student(config, CLASSES))
     detector = freeze(next(iter(detectors.values()))).to(device, memory_format=torch.channels_last)
     return detector, blank(config.data.batch_size, config.data.image_size, device)[0]
 
@@ -246,8 +246,8 @@ class PeerTeacher(nn.Module):
 
 def peer_step(config: Config, device: torch.device, channels_last: bool) -> Step:
     """A step with the mean squared difference of all pyramid maps that both have, through 1x1 adapters."""
-    student = build.build_student(config, CLASSES).train()
-    detector = freeze(next(iter(build.build_teachers(config, CLASSES, student).values())))
+    student = factory.build_student(config, CLASSES).train()
+    detector = freeze(next(iter(factory.build_teachers(config, CLASSES, student).values())))
     learner, expert = PeerStudent(student, detector.feature_channels), PeerTeacher(detector)
     images, targets = blank(config.data.batch_size, config.data.image_size, device)
     layout = torch.channels_last if channels_last else torch.contiguous_format

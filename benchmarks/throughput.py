@@ -31,7 +31,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.scaling import build_all, peak
-from distill import build
+from distill import factory
 from distill.config import load_config
 from distill.data import Batch, set_epoch
 from distill.ema import EMA
@@ -50,7 +50,7 @@ PARTS = ("loading", "asking", "learning")
 class Arm:
     """One way to train; all that a step needs."""
 
-    def __init__(self, name: str, config: Config, data: build.Data, accelerator: Accelerator):
+    def __init__(self, name: str, config: Config, data: factory.Data, accelerator: Accelerator):
         torch.manual_seed(0)
         self.data, self.device, settings = data, accelerator.device, config.train.optimizer
         self.clip_norm = settings.clip_norm
@@ -118,8 +118,8 @@ def compare(args: argparse.Namespace) -> None:
     })  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
-    build.draw_data(config.data)
-    data = build.build_data(config.data, config.seed)
+    factory.draw_data(config.data)
+    data = factory.build_data(config.data, config.seed)
 
     memory, arms = {}, {}
     for name in ARMS:  # in this order: an arm's cache is filled outside of what is measured

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import students
-from distill.build import Split, evaluation_split
 from distill.config import check_config, override, read_yaml
 from distill.errors import UserError
 from distill.exported import SUFFIXES, ExportedDetector
+from distill.factory import Split, evaluation_split
 from distill.run_folder import CONFIG, STUDENT
 from distill.schema import Config
 from students import Detector

@@ -24,7 +24,6 @@ from typing import Any
 from torch import Tensor
 
 from distill.artifact import data_settings, images_for, input_size, open_folder
-from distill.build import Split
 from distill.compression.fake_quant import CALIBRATIONS, calibrate
 from distill.compression.finetune import FineTuning
 from distill.compression.onnx_dynamic import round_inputs
@@ -36,6 +35,7 @@ from distill.errors import UserError, exit_status
 from distill.evaluation import DetectionEvaluator, run_evaluation
 from distill.export import check_free, write
 from distill.exported import DeployedDetector, ExportedDetector, check_onnx
+from distill.factory import Split
 from distill.measure import time_in_turns
 from distill.report import Report, counted, human_ap
 from distill.run_folder import to_json, write_file

@@ -168,3 +168,16 @@ def _near_file(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
     near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], 1)
     return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+def trains_alike(one: Config, other: Config) -> bool:
+    """Whether two runs come to the same end: where they write and how many processes load does not matter, nor what is
+    watched, as long as nothing is left out for it, nor how losses are balanced where there are none."""
+    passed_over = {"output_dir", "overwrite", "tracking", "data"}
+    if not (one.losses or other.losses):
+        passed_over |= {"balance", "guards"}
+    if all("skip" not in (config.guards.dominating_term, config.guards.bad_term) for config in (one, other)):
+        passed_over.add("guards")
+    return all(
+        getattr(one, key) == getattr(other, key) for key in Config.model_fields if key not in passed_over
+    ) and one.data.model_copy(update={"workers": 0}) == other.data.model_copy(update={"workers": 0})

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from distill.artifact import data_settings, images_for, input_size, open_folder
-from distill.build import Split
 from distill.errors import UserError, exit_status
 from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
 from distill.exported import (
@@ -28,6 +27,7 @@ from distill.exported import (
     write_onnx,
     write_pt2,
 )
+from distill.factory import Split
 from distill.measure import time_in_turns
 from distill.parity import compare_detections, compare_tensors
 from distill.report import Report, counted, human_ap

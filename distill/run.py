@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torch import Tensor
 
-from distill.build import Data
 from distill.data import Batch
 from distill.distiller import Distiller
+from distill.factory import Data
 from distill.interruption import Interruption
 from distill.precision import Way
 from distill.pruning.blocks import BlockPruner

@@ -16,7 +16,7 @@ import matplotlib
 import torch
 
 import students
-from distill import build
+from distill import factory
 from distill.config import check_config, load_config, override, read_yaml
 from distill.distiller import Distiller
 from distill.errors import UserError
@@ -78,9 +78,9 @@ def load(source: Path, overrides: Sequence[str]) -> tuple[Detector, Config]:
             f"{source}: no such folder or file; give a detector's folder, such as runs/x/student, or a config"
         )
     config = load_config(source, list(overrides))
-    build.draw_data(config.data)
-    names = list(build.open_split(config.data, config.data.train, config.data.classes).class_names)
-    return build.build_student(config, names), config
+    factory.draw_data(config.data)
+    names = list(factory.open_split(config.data, config.data.train, config.data.classes).class_names)
+    return factory.build_student(config, names), config
 
 
 def measure(detector: Detector, config: Config, kind: str, importance: str) -> list[Sensitivity]:
@@ -95,7 +95,7 @@ def measure(detector: Detector, config: Config, kind: str, importance: str) -> l
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unit = Distiller(detector.to(device))
     # labels in the detector's order
-    data = build.build_data(config.data.model_copy(update={"classes": detector.class_names}), config.seed)
+    data = factory.build_data(config.data.model_copy(update={"classes": detector.class_names}), config.seed)
     groups, criterion = find_groups(unit, config.data.image_size), IMPORTANCES[importance]
     try:
         evidence = None
@@ -116,7 +116,7 @@ def measure(detector: Detector, config: Config, kind: str, importance: str) -> l
     return rows
 
 
-def worth_by_loss(split: build.Split, device: torch.device) -> Callable[[Detector], float]:
+def worth_by_loss(split: factory.Split, device: torch.device) -> Callable[[Detector], float]:
     """Less the mean loss over a split's batches."""
     batches = [batch._replace(images=batch.images.to(device)) for batch in split.loader if len(batch.images)]
 
@@ -129,7 +129,7 @@ def worth_by_loss(split: build.Split, device: torch.device) -> Callable[[Detecto
     return worth
 
 
-def worth_by_ap(split: build.Split) -> Callable[[Detector], float]:
+def worth_by_ap(split: factory.Split) -> Callable[[Detector], float]:
     """AP on a split; 0 where it cannot be measured."""
     evaluator = DetectionEvaluator(split.index.to_coco(), split.index.class_names)
     return lambda detector: run_evaluation(detector, split.loader, evaluator).ap or 0.0

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from distill.build import Data
 from distill.distiller import Distiller
 from distill.evaluation import EvaluationResult
+from distill.factory import Data
 from distill.measure import count_macs, count_nonzero, count_parameters
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner

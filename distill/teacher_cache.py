@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from distill.build import Data
 from distill.config import flatten
 from distill.data import DetectionIndex
 from distill.distiller import Distiller
 from distill.distributed import on_main
 from distill.errors import UserError
+from distill.factory import Data
 from distill.footprint import human_bytes
 from distill.guards import fingerprint
 from distill.measure import eval_mode

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import students
 import train
-from distill import build
+from distill import factory
 from distill.config import check_config
 from distill.data.shapes import CLASSES
 from distill.errors import UserError
@@ -33,8 +33,8 @@ def settings(settings, tmp_path):
 
 def build_all(settings):
     config = check_config(settings, "here")
-    student = build.build_student(config, list(CLASSES))
-    return build.build_unit(config, student, build.build_teachers(config, list(CLASSES), student))
+    student = factory.build_student(config, list(CLASSES))
+    return factory.build_unit(config, student, factory.build_teachers(config, list(CLASSES), student))
 
 
 def test_a_transformer_teaches_a_student_that_is_cut(settings, tmp_path, monkeypatch, capsys):

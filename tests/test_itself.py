@@ -10,7 +10,7 @@ import yaml
 
 import students
 import train
-from distill import build, surgery
+from distill import factory, surgery
 from distill.config import check_config
 from distill.data.shapes import CLASSES
 from distill.errors import UserError
@@ -168,10 +168,10 @@ def test_losses_that_cannot_follow_the_average_are_refused_where_it_is_cut(setti
     settings |= {"teacher": "ema", "losses": {"loss": loss}}
     for pruning in (None, settings["pruning"]):
         config = check_config(settings | {"pruning": pruning}, "here")
-        student = build.build_student(config, list(CLASSES))
-        teachers = build.build_teachers(config, list(CLASSES), student)
+        student = factory.build_student(config, list(CLASSES))
+        teachers = factory.build_teachers(config, list(CLASSES), student)
         if pruning and way_out:
             with pytest.raises(UserError, match=rf"^losses.loss.name: {loss['name']} has layers .*; {way_out}, or"):
-                build.build_unit(config, student, teachers)
+                factory.build_unit(config, student, teachers)
         else:
-            assert "loss" in build.build_unit(config, student, teachers).terms
+            assert "loss" in factory.build_unit(config, student, teachers).terms

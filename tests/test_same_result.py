@@ -10,11 +10,11 @@ from accelerate import Accelerator
 import students
 import train
 from distill import surgery
-from distill.build import build_data
 from distill.config import load_config
 from distill.data.shapes import CLASSES
 from distill.data.synthetic import draw_scenes
 from distill.evaluation import DetectionEvaluator, EvaluationResult
+from distill.factory import build_data
 from distill.schema import Config
 
 KINDS = {

@@ -10,10 +10,11 @@ import yaml
 
 import students
 import train
-from distill import build
+from distill import factory
 from distill.config import check_config
 from distill.data.shapes import CLASSES
 from distill.errors import UserError
+from distill.measure import count_macs
 from students import Plan
 from students.artifact import cut
 
@@ -50,7 +51,7 @@ def start(settings, tmp_path, monkeypatch):
 
 def test_it_starts_with_the_weights_and_the_cuts_of_the_folder(settings, small):
     config = check_config(settings | {"student": {"path": small}}, "here")
-    student, there = build.build_student(config, list(CLASSES)), students.load(small)
+    student, there = factory.build_student(config, list(CLASSES)), students.load(small)
     assert student.training and len(student.plans) == 1
     own = student.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in there.state_dict().items())
@@ -61,16 +62,16 @@ def test_it_starts_with_the_weights_and_the_cuts_of_the_folder(settings, small):
 def test_classes_follow_the_data(settings, small, build_tiny, tmp_path):
     names = list(CLASSES)
     config = check_config(settings | {"student": {"path": small}}, "here")
-    turned = build.build_student(config, names[::-1])
+    turned = factory.build_student(config, names[::-1])
     bias, there = turned.head.class_logits.bias, students.load(small).head.class_logits.bias
     assert turned.class_names == names[::-1] and torch.equal(bias, there.flip(0))
 
     with pytest.raises(UserError, match=r"^student.path: .*small does not know dog; name them in"):
-        build.build_student(config, [*names, "dog"])
+        factory.build_student(config, [*names, "dog"])
     mapped = check_config(settings | {"student": {"path": small, "class_map": {names[0]: "dog"}}}, "here")
-    assert build.build_student(mapped, ["dog"]).class_names == ["dog"]
+    assert factory.build_student(mapped, ["dog"]).class_names == ["dog"]
     anew = check_config(settings | {"student": {"path": small, "new_head": True}}, "here")
-    student = build.build_student(anew, ["dog", "cat"])
+    student = factory.build_student(anew, ["dog", "cat"])
     assert student.class_names == ["dog", "cat"] and student.notes == ["its class layers start anew"]
     assert len(student.plans) == 1 and student.head.class_logits.out_channels == 2
     assert torch.equal(student.head.box_distances.weight, students.load(small).head.box_distances.weight)
@@ -100,7 +101,7 @@ def test_settings_that_contradict_are_told(settings, section, message):
 def test_a_folder_that_is_none_is_told(settings, tmp_path):
     config = check_config(settings | {"student": {"path": str(tmp_path)}}, "here")
     with pytest.raises(UserError, match=r"^student.path: .* is no detector folder, it has no detector.json; give"):
-        build.build_student(config, list(CLASSES))
+        factory.build_student(config, list(CLASSES))
 
 
 def test_such_a_student_is_cut_on_and_an_interrupted_run_ends_alike(start, settings, small, tmp_path, monkeypatch):
@@ -114,7 +115,7 @@ def test_such_a_student_is_cut_on_and_an_interrupted_run_ends_alike(start, setti
     assert student.plans[0] == there.plans[0] and len(student.plans) == 2
     summary = json.loads((whole / "summary.json").read_text())
     # shares are of what the run started with
-    uncut = build.count_macs(there, (64, 64))
+    uncut = count_macs(there, (64, 64))
     assert summary["student_before"]["macs"] == uncut
     assert 0.5 * uncut < summary["student"]["macs"] <= 0.7 * uncut
     assert f"`{small}`" in (whole / "README.md").read_text()

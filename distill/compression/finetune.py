@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from distill import build
+from distill import factory
 from distill.checkpoint import find_checkpoints
 from distill.data import set_epoch
 from distill.distiller import Distiller
@@ -43,9 +43,11 @@ class FineTuning:
         self.config, self.student, self.report = config, student, report
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # labels in the student's order
-        self.data = build.build_data(config.data.model_copy(update={"classes": list(student.class_names)}), config.seed)
+        self.data = factory.build_data(
+            config.data.model_copy(update={"classes": list(student.class_names)}), config.seed
+        )
         self.folder = RunFolder(run)
-        detectors = build.build_teachers(_with_own_teachers(config, self.folder), self.data.class_names, student)
+        detectors = factory.build_teachers(_with_own_teachers(config, self.folder), self.data.class_names, student)
         self.teachers = {}
         for name, detector in detectors.items():
             key = f"{config.teacher_key(name)}.precision"
@@ -106,7 +108,7 @@ class FineTuning:
         """The student with its losses, bound to the teachers."""
         detectors = {name: teacher.detector for name, teacher in self.teachers.items()}
         # what it once started with from its teacher it has built on since
-        unit = build.build_unit(self.config.model_copy(update={"inherit": []}), student, detectors)
+        unit = factory.build_unit(self.config.model_copy(update={"inherit": []}), student, detectors)
         unit.combiner.epoch = self.config.train.epochs
         self._load_adapters(unit)
         unit.to(self.device, memory_format=torch.channels_last)

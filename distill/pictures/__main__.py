@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import students
-from distill.build import evaluation_split
 from distill.config import check_config
 from distill.errors import UserError
+from distill.factory import evaluation_split
 from distill.pictures.folder import SCENES, draw_run, first_line, keep_scenes, keep_widths
 from distill.pictures.scenes import choose_samples, look, make_scenes, with_looks
 from distill.run_folder import CONFIG, RunFolder

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from accelerate import Accelerator
 
-from distill.build import Data
 from distill.data import collate_samples
+from distill.factory import Data
 from distill.pictures.folder import BATCH, SCENES, draw_run, first_line, keep_scenes, keep_widths, save_picture
 from distill.pictures.scenes import AT_FIRST, STUDENT, choose_samples, look, make_scenes, read_scenes, with_looks
 from distill.pictures.sheets import draw_batch

@@ -4,8 +4,7 @@ import re
 import pytest
 import yaml
 
-from distill.build import trains_alike
-from distill.config import check_config, load_config, override, read_yaml
+from distill.config import check_config, load_config, override, read_yaml, trains_alike
 from distill.errors import UserError
 from distill.schema import DETECTORS
 from students import FAMILIES

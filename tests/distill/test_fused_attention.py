@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import students
-from distill import build
+from distill import factory
 from distill.config import check_config
 from distill.distiller import Distiller, Lesson
 from distill.errors import UserError
@@ -109,7 +109,7 @@ def test_levels_of_unlike_widths_have_no_mean(build_tiny, name):
 def test_a_config_chooses_how_levels_are_matched(settings, build_tiny, name):
     settings["losses"] = {"it": {"name": name, "match": "fused"}}
     config = check_config(settings, "here").losses["it"]
-    term = build.build_term(config, build_tiny(), build_tiny(seed=1, channels=24), "it")
+    term = factory.build_term(config, build_tiny(), build_tiny(seed=1, channels=24), "it")
     assert term.match == "fused"
     settings["losses"]["it"]["match"] = "fuse"
     with pytest.raises(UserError, match=r"losses.it.*match: 'fuse' is not allowed"):

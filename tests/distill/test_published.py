@@ -1,7 +1,7 @@
 import pytest
 
 import students
-from distill import build
+from distill import factory
 from distill.schema import Config, ScheduleConfig
 from distill.summary import describe_schedule
 from distill.terms.published import published
@@ -34,7 +34,7 @@ def build_unit(student, losses, **settings):
         **settings,
     )
     built = students.build(class_names=["a", "b"], **student)
-    return build.build_unit(config, built, {"teacher": students.build(class_names=["a", "b"], **DENSE)})
+    return factory.build_unit(config, built, {"teacher": students.build(class_names=["a", "b"], **DENSE)})
 
 
 @KINDS

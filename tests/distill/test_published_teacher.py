@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import students
-from distill.build import build_teachers
 from distill.config import check_config
 from distill.errors import UserError
+from distill.factory import build_teachers
 
 CLASSES = ["disc", "ring"]
 SMALL = {"backbone": "resnet18", "channels": 32}

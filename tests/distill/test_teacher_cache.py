@@ -9,10 +9,10 @@ import torch
 
 import students
 from distill import teacher_cache
-from distill.build import build_data, teacher_run_config
 from distill.config import check_config
 from distill.distiller import Distiller
 from distill.errors import UserError
+from distill.factory import build_data, teacher_run_config
 from distill.terms import TERMS
 from teachers import FeatureTeacher, ScaledDetector, Teacher, TeacherCache
 

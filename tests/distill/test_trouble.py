@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from distill.build import build_data
 from distill.data import UnreadableImageError
 from distill.errors import UserError
+from distill.factory import build_data
 from distill.schema import Config
 from distill.trouble import in_plain_words
 

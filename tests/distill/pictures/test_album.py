@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 import students
-from distill.build import build_data
+from distill.factory import build_data
 from distill.pictures import PICTURES, Album, album, draw_run, folder, sheets
 from distill.pictures.__main__ import main
 from distill.pictures.course import Course

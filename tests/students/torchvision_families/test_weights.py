@@ -4,9 +4,9 @@ from torchvision.models import WeightsEnum, detection, resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
 import students
-from distill.build import build_teachers
 from distill.config import check_config
 from distill.errors import UserError
+from distill.factory import build_teachers
 
 SMALL = {"class_names": ["a", "b"], "backbone": "resnet18", "channels": 32}
 

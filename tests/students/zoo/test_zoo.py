@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import students
-from distill import build as building
+from distill import factory
 from distill.config import check_config
 from distill.distiller import Distiller, Lesson
 from distill.errors import UserError
@@ -58,7 +58,7 @@ def test_without_the_extra_it_is_one_line(family, monkeypatch, settings):
         monkeypatch.delitem(sys.modules, name)
     config = check_config(settings | {"student": {"name": family}, "teacher": None, "losses": {}}, "here")
     with pytest.raises(UserError, match=r"^student.name: .* not installed .*; python -m pip install -e '.\[zoo\]'$"):
-        building.build_student(config, ["a"])
+        factory.build_student(config, ["a"])
 
 
 @installed
