@@ -10,13 +10,12 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from statistics import mean
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -32,31 +31,30 @@ from distill.checkpoint import (
 )
 from distill.config import check_config, load_config, override, trains_alike
 from distill.data import set_epoch, start_after
-from distill.distiller import Distiller
-from distill.distributed import compile_options, compile_parts, on_main, share_buffers
+from distill.distributed import compile_parts, on_main
 from distill.ema import EMA
 from distill.errors import UserError
-from distill.evaluation import DetectionEvaluator, EvaluationResult, run_evaluation
+from distill.evaluation import evaluation
+from distill.faculty import Faculty, freeze, keep_published
 from distill.footprint import estimate, human_bytes
-from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint, tell_left_out
+from distill.guards import check_losses, look_at_losses, tell_left_out
 from distill.interruption import Interruption, Stopped
-from distill.measure import count_macs, count_parameters, measure_cuts, measure_latency, share_nonzero
-from distill.model_card import write_model_card
+from distill.measure import count_macs
 from distill.optimization import build_optimizer, rate_at, set_rate
+from distill.outcome import finish
 from distill.pictures import Album
-from distill.precision import Trial, Way, recorded, settle, try_student, try_teacher
-from distill.pruning.sparsity import small_scales
+from distill.precision import settle_student
 from distill.report import Report, StepProgress, counted, human_count
 from distill.run import Run
 from distill.run_folder import OF_TEACHERS, RunFolder
-from distill.schema import PENALTY, TEACHER, ArtifactConfig, Config
-from distill.summary import banner_rows, best, describe, results_row, summary_table, teacher_title
+from distill.schema import PENALTY, Config
+from distill.summary import banner_rows, cost_columns, describe, results_row, told_row
 from distill.surgery import Surgery
 from distill.teacher_cache import cost, open_caches, prepare_caches
 from distill.tracking import build_accelerator, log_results, start_tracking, stop_tracking
 from distill.trouble import in_plain_words, is_of_peer
 from students import Detector
-from teachers import Teacher, inherit
+from teachers import inherit
 
 CHECK_EVERY = 10  # steps between two looks at the losses
 
@@ -150,7 +148,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         for name, cache in prepare_caches(config, data, unit, detectors, report.warn, untrained).items():
             report.say(f"{config.teacher_key(name)}.cache: {cost(cache)}; {human_bytes(cache.free_bytes)} are free")
         if dry_run:
-            teachers = make_teachers(config, detectors, accelerator, None, data, report)
+            teachers = freeze(config, detectors, accelerator, None, data, report)
             way = settle_student(config, unit, teachers, accelerator, None, data, report)
             halves = {"no": None if way.precision == "float32" else torch.bfloat16, "fp16": torch.float16}
             half = halves.get(accelerator.mixed_precision, torch.bfloat16)
@@ -162,80 +160,33 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, role: str
         for name in untrained:
             detectors[name] = train_teacher(config, name, folder, report, accelerator)
         keep_published(config, detectors, folder, accelerator)
-        teachers = make_teachers(config, detectors, accelerator, folder, data, report)
+        teachers = freeze(config, detectors, accelerator, folder, data, report)
         caches = prepare_caches(config, data, unit, detectors, report.warn)
         open_caches(config, caches, teachers, accelerator)
         way = settle_student(config, unit, teachers, accelerator, folder, data, report)
         start_tracking(accelerator, config)
         with Interruption(accelerator, config.train.save_minutes) as interruption:
             run = Run(
-                config,
-                data,
-                unit,
-                teachers,
-                pruner,
-                blocks,
-                sparsity,
-                masks,
-                factory.build_guard(config),
-                folder,
-                report,
-                accelerator,
-                interruption,
-                role,
-                way,
+                config=config,
+                data=data,
+                unit=unit,
+                teachers=teachers,
+                pruner=pruner,
+                blocks=blocks,
+                sparsity=sparsity,
+                masks=masks,
+                guard=factory.build_guard(config),
+                folder=folder,
+                report=report,
+                accelerator=accelerator,
+                interruption=interruption,
+                role=role,
+                way=way,
             )
             while fit(run):  # the guard took a cut back
                 accelerator.free_memory()
                 run.unit = factory.build_unit(config, factory.build_student(config, data.class_names), detectors)
         stop_tracking(accelerator, config)
-
-
-def make_teachers(
-    config: Config,
-    detectors: dict[str, Detector],
-    accelerator: Accelerator,
-    folder: RunFolder | None,
-    data: factory.Data,
-    report: Report,
-) -> dict[str, Teacher]:
-    """Freezes detectors, each on this process's device."""
-    teachers, device = {}, accelerator.device
-    for name, detector in detectors.items():
-        settings, key = config.all_teachers[name], f"{config.teacher_key(name)}.precision"
-        way = recorded(key, settings.precision, None)
-        if settings.precision == "auto":
-
-            def attempt(detector: Detector = detector) -> dict[Way, Trial]:
-                return try_teacher(detector, device, data.sample(device).images)
-
-            way = settle(key, attempt, folder, accelerator, report)
-        teachers[name] = Teacher(detector, device, way.precision, settings.shard, compile_options(), way.channels_last)
-    return teachers
-
-
-def settle_student(
-    config: Config,
-    unit: Distiller,
-    teachers: dict[str, Teacher],
-    accelerator: Accelerator,
-    folder: RunFolder | None,
-    data: factory.Data,
-    report: Report,
-) -> Way:
-    """What the student is trained in, apart from Accelerate's mixed precision."""
-    if config.train.precision is None:
-        return Way()
-    if accelerator.mixed_precision != "no":
-        raise UserError(
-            f"train.precision: auto chooses by itself, but Accelerate's settings say {accelerator.mixed_precision}; "
-            "leave out one of them"
-        )
-
-    def attempt() -> dict[Way, Trial]:
-        return try_student(unit.to(accelerator.device), teachers, accelerator.device, data.sample(accelerator.device))
-
-    return settle("train.precision", attempt, folder, accelerator, report)
 
 
 def train_teacher(config: Config, name: str, folder: RunFolder, report: Report, accelerator: Accelerator) -> Detector:
@@ -288,11 +239,6 @@ def fit(run: Run) -> bool:
         within = f", {progress.within.step} steps of the next" if progress.within else ""
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
     unit.combiner.left_out = frozenset(progress.left_out)
-    originals = config.teachers_itself("original")
-    asleep = [] if progress.before or isinstance(config.student, ArtifactConfig) else originals
-    unit.silence(asleep)
-    if originals and not asleep:
-        keep_originals(run, originals, there=resumes)
     if accelerator.is_main_process:
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
@@ -301,23 +247,9 @@ def fit(run: Run) -> bool:
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
-    teacher_aps: dict[str, float | None] = {}
-    untouched: dict[str, str] = {}
     album = Album(run.folder, run.data, accelerator, report)
     album.begin(kept, resumes)
-
-    def meet_teachers(names: Iterable[str]) -> None:
-        for name in names:
-            teacher = teachers[name]
-            untouched[name] = fingerprint(teacher.detector)
-            if name in compared:
-                teacher_aps[name] = evaluate_val(teacher.detector).ap
-                if not teacher.sharded:  # what needs all processes cannot be asked by the one that draws
-                    album.show(teacher_title(name), teacher.detector)
-
-    others = [name for name, teacher in config.all_teachers.items() if teacher.itself != "ema"]
-    compared = [name for name in others if teachers[name].detector.detects]
-    meet_teachers(name for name in others if name not in asleep)
+    faculty = Faculty(run, progress, resumes, evaluate_val, album)
     seconds: list[float] = []
     reported: set[str] = set()
     for epoch in range(progress.epoch, epochs):
@@ -347,13 +279,7 @@ def fit(run: Run) -> bool:
             if plan:
                 if progress.before is None:
                     progress.before = describe(evaluate_test(kept), student, image_size) | {"epoch": epoch}
-                    if asleep:  # of all ranks alike, as evaluating has shared the buffers
-                        for name in asleep:
-                            teachers[name].detector.load_state_dict(kept.state_dict())
-                        keep_originals(run, asleep)
-                        meet_teachers(asleep)
-                        unit.silence(())
-                        asleep, woken = [], True
+                    woken = faculty.wake(kept)
                 del trained  # a distributed wrapper would hold on to the old shapes
                 trained = surgery.cut(plan, evaluate_val)
             surgery.set_to_zero(was_cut=bool(plan))
@@ -367,7 +293,7 @@ def fit(run: Run) -> bool:
         if starts and unit.terms and (epoch % config.guards.every == 0 or woken):
             progress.left_out = look_at_losses(run)
             unit.combiner.left_out = frozenset(progress.left_out)
-            check_unchanged(teachers, untouched)
+            faculty.check()
 
         set_epoch(loader, epoch)
         start_after(run.data.train.loader, within.step * config.data.batch_size * accelerator.num_processes)
@@ -383,72 +309,24 @@ def fit(run: Run) -> bool:
         surgery.keep_best(result.ap)
         progress.epoch, progress.within = epoch + 1, None
         seconds.append(time.perf_counter() - began)
-        macs, lr = count_macs(student, image_size), optimizer.param_groups[0]["lr"]
-        cost = {"macs": macs, "macs_left": macs / progress.uncut_macs, "params": count_parameters(student)}
-        if run.sparsity:
-            cost["small_scales"] = small_scales(student)
-        if run.masks:
-            cost["nonzero"] = share_nonzero(student)
-        teacher_ap = teacher_aps.get(best(teacher_aps))
-        other_aps = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": teacher_ap} if compared else {})
-        results = results_row(epoch + 1, losses, cost, result, other_aps, lr, seconds[-1])
+        cost = cost_columns(run, student, progress.uncut_macs)
+        other_aps = {"ap_after_cut": within.ap_after_cut} | ({"teacher_ap": faculty.ap} if faculty.compares else {})
+        lr = optimizer.param_groups[0]["lr"]
+        row = results_row(epoch + 1, losses, cost, result, other_aps, lr, seconds[-1])
         if accelerator.is_main_process:
-            run.folder.append_result(results)
+            run.folder.append_result(row)
         # after the row: a run that is killed between the two writes the row again, and never misses one
         save_checkpoint(run.folder.checkpoints, progress, unit, ema, optimizer, accelerator)
-        row = {"epoch": f"{epoch + 1}/{epochs}", **losses}
-        row |= {"macs_left": cost["macs_left"]} if run.pruner else {}
-        row |= {"AP": result.ap, "AP50": result.ap50}
-        row |= {"teacher_share": result.ap / teacher_ap if teacher_ap else None} if compared else {}
         time_left = mean(seconds[-3:]) * (epochs - epoch - 1)
-        report.epoch_row(row | {"lr": lr, "epoch_time": seconds[-1], "time_left": time_left})
-        log_results(accelerator, results)
+        report.epoch_row(told_row(row, epochs, losses, bool(run.pruner), time_left))
+        log_results(accelerator, row)
         album.update(kept)
 
     kept = surgery.result()
     before = progress.before if len(kept.plans) > earlier else None
-    finish(run, kept, evaluate_test, before, earlier, [name for name in compared if name in teacher_aps])
+    finish(run, kept, evaluate_test, before, earlier, faculty.compared)
     album.update(kept, last=True)
     return False
-
-
-def keep_published(config: Config, detectors: dict[str, Detector], folder: RunFolder, accelerator: Accelerator) -> None:
-    """Puts teachers that are as their published weights are into the run folder."""
-    for name, teacher in config.all_teachers.items():
-        if teacher.as_its_weights_are and accelerator.is_main_process:
-            detector = detectors[name].detector if teacher.image_size else detectors[name]
-            info = {"image_size": list(teacher.image_size or config.data.image_size), "resize": config.data.resize}
-            students.save(detector, folder.teacher(name), info)
-
-
-def keep_originals(run: Run, names: Sequence[str], there: bool = False) -> None:
-    """Puts teachers that are the student as it was into the run folder; where they are `there`, takes them from it."""
-    info = {"image_size": list(run.config.data.image_size), "resize": run.config.data.resize}
-    for name in names:
-        folder, detector = run.folder.teacher(name), run.teachers[name].detector
-        if there:
-            detector.load_state_dict(factory.load_detector(str(folder), run.config.teacher_key(name)).state_dict())
-        elif run.accelerator.is_main_process:
-            students.save(detector, folder, info)
-
-
-def look_at_losses(run: Run) -> list[str]:
-    """Stops the run where a knowledge loss teaches nothing; where one drowns the task, does what the settings say.
-
-    Returns:
-        The names of the losses to leave out until the next look.
-    """
-    batch = find_objects(run.unit, run.teachers, run.calibration_batches())
-    alike = [name for name, teacher in run.config.all_teachers.items() if teacher.itself]
-    settings = run.config.guards
-    found = check_terms(run.unit, run.teachers, batch, settings.dominates, alike) if batch else {}
-    found = gather_object([found])[0]  # of the main process, so that no rounding lets others train on other losses
-    if found and settings.dominating_term == "stop":
-        raise UserError(f"{next(iter(found.values()))}; guards.dominating_term=warn goes on")
-    skips = settings.dominating_term == "skip"
-    for line in found.values():
-        run.report.warn(f"{line}; until the next look it is left out" if skips else line)
-    return list(found) if skips else []
 
 
 def train_epoch(
@@ -523,75 +401,6 @@ def train_epoch(
         run.report.warn(line)
     bring_forward(len(loader))
     return {name: value / within.step for name, value in within.sums.items()}
-
-
-def evaluation(split: factory.Split, accelerator: Accelerator) -> Callable[[Detector], EvaluationResult]:
-    """A function that says what a detector is worth on a split."""
-    evaluator = DetectionEvaluator(split.index.to_coco(), split.index.class_names)
-    loader = accelerator.prepare(split.loader)
-
-    def evaluate(detector: Detector) -> EvaluationResult:
-        share_buffers(accelerator, detector)
-        return run_evaluation(detector, loader, evaluator, accelerator)
-
-    return evaluate
-
-
-def finish(
-    run: Run,
-    kept: Detector,
-    evaluate: Callable[[Detector], EvaluationResult],
-    before: dict[str, Any] | None,
-    earlier: int,
-    compared: Sequence[str],
-) -> None:
-    """Saves the student, writes the summary and prints the table that compares it with its teachers.
-
-    Args:
-        run: that is finished.
-        kept: the student to save.
-        evaluate: says what a detector is worth.
-        before: what the student was worth and cost before its first cut in this run.
-        earlier: cuts that it had when the run began.
-        compared: names of the teachers to compare it with.
-    """
-    config, image_size = run.config, run.config.data.image_size
-    split, device = config.data.test or config.data.val, run.accelerator.device
-    after = describe(evaluate(kept), kept, image_size)
-    teachers = {
-        name: describe(evaluate(run.teachers[name].detector), run.teachers[name].shape, image_size) for name in compared
-    }
-    if not run.accelerator.is_main_process:
-        return
-    for name, entry in teachers.items():
-        teacher = run.teachers[name]
-        entry["latency_ms"] = None if teacher.sharded else measure_latency(teacher.detector, image_size)
-    of_student, cuts = after | {"latency_ms": measure_latency(kept, image_size)}, []
-    if before:
-        uncut, *cuts = measure_cuts(kept, image_size, earlier)
-        before, of_student = (
-            before | {"latency_ms": uncut["latency_ms"]},
-            after | {"latency_ms": cuts[-1]["latency_ms"]},
-        )
-        times = ", ".join(f"{stage['latency_ms']:.1f}" for stage in (uncut, *cuts))
-        run.report.say(f"latency uncut and after each cut: {times} ms")
-    info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
-    facts = {key: value for key, value in after.items() if key != "precision"}
-    students.save(kept, run.folder.student, info | {"split": split, **facts})
-    summary = {
-        **({"teachers": teachers} if config.teachers else {"teacher": teachers.get(TEACHER)}),
-        "student_before": before,
-        "student": of_student,
-        "cuts": cuts,
-        "split": split,
-        "epochs": config.train.epochs,
-    }
-    run.folder.write_summary(summary)
-    write_model_card(run.folder)
-    run.report.table(
-        f"{run.folder.path} on {split}, {image_size[1]}x{image_size[0]} px, latency of one image on {device.type}",
-        *summary_table(summary, run.role),
-    )
 
 
 if __name__ == "__main__":

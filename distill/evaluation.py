@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,9 @@ except ImportError:  # the [fast] extra
     faster_coco_eval = None
 
 from distill.data import Batch, to_original
+from distill.distributed import share_buffers
 from distill.errors import UserError
+from distill.factory import Split
 from distill.measure import eval_mode
 from students import Detections, Detector
 
@@ -201,6 +203,18 @@ def run_evaluation(
     if accelerator is not None:
         evaluator.merge(gather_object(evaluator.payload()))
     return evaluator.evaluate()
+
+
+def evaluation(split: Split, accelerator: Accelerator) -> Callable[[Detector], EvaluationResult]:
+    """A function that says what a detector is worth on a split."""
+    evaluator = DetectionEvaluator(split.index.to_coco(), split.index.class_names)
+    loader = accelerator.prepare(split.loader)
+
+    def evaluate(detector: Detector) -> EvaluationResult:
+        share_buffers(accelerator, detector)
+        return run_evaluation(detector, loader, evaluator, accelerator)
+
+    return evaluate
 
 
 def _renumber(ground_truth: dict, positions: dict[Hashable, int]) -> dict:

@@ -17,9 +17,29 @@ from distill.data import Batch
 from distill.distiller import Distiller
 from distill.ema import EMA
 from distill.errors import UserError
+from distill.run import Run
 from distill.run_folder import RunFolder
 from distill.schema import Config
 from teachers import Teacher, label_images
+
+
+def look_at_losses(run: Run) -> list[str]:
+    """Stops the run where a knowledge loss teaches nothing; where one drowns the task, does what the settings say.
+
+    Returns:
+        The names of the losses to leave out until the next look.
+    """
+    batch = find_objects(run.unit, run.teachers, run.calibration_batches())
+    alike = [name for name, teacher in run.config.all_teachers.items() if teacher.itself]
+    settings = run.config.guards
+    found = check_terms(run.unit, run.teachers, batch, settings.dominates, alike) if batch else {}
+    found = gather_object([found])[0]  # of the main process, so that no rounding lets others train on other losses
+    if found and settings.dominating_term == "stop":
+        raise UserError(f"{next(iter(found.values()))}; guards.dominating_term=warn goes on")
+    skips = settings.dominating_term == "skip"
+    for line in found.values():
+        run.report.warn(f"{line}; until the next look it is left out" if skips else line)
+    return list(found) if skips else []
 
 
 def find_objects(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> Batch | None:

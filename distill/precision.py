@@ -14,9 +14,12 @@ from torch import Tensor
 
 from distill.data import Batch
 from distill.distiller import Distiller
+from distill.errors import UserError
+from distill.factory import Data
 from distill.footprint import human_seconds
 from distill.report import Report
 from distill.run_folder import RunFolder
+from distill.schema import Config
 from students import Detector
 from students.folding import level_differences
 from teachers import Teacher
@@ -194,6 +197,30 @@ def settle(
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
+
+
+def settle_student(
+    config: Config,
+    unit: Distiller,
+    teachers: dict[str, Teacher],
+    accelerator: Accelerator,
+    folder: RunFolder | None,
+    data: Data,
+    report: Report,
+) -> Way:
+    """What the student is trained in, apart from Accelerate's mixed precision."""
+    if config.train.precision is None:
+        return Way()
+    if accelerator.mixed_precision != "no":
+        raise UserError(
+            f"train.precision: auto chooses by itself, but Accelerate's settings say {accelerator.mixed_precision}; "
+            "leave out one of them"
+        )
+
+    def attempt() -> dict[Way, Trial]:
+        return try_student(unit.to(accelerator.device), teachers, accelerator.device, data.sample(accelerator.device))
+
+    return settle("train.precision", attempt, folder, accelerator, report)
 
 
 def recorded(key: str, setting: str, folder: RunFolder | None) -> Way:

@@ -1,6 +1,6 @@
 """What a run says about itself: the banner before, the numbers and the table after."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from distill.distiller import Distiller
 from distill.evaluation import EvaluationResult
 from distill.factory import Data
-from distill.measure import count_macs, count_nonzero, count_parameters
+from distill.measure import count_macs, count_nonzero, count_parameters, share_nonzero
 from distill.pruning.cost import BUDGETS
 from distill.pruning.pruner import Pruner
+from distill.pruning.sparsity import small_scales
 from distill.report import counted, human_ap, human_count, human_macs, human_milliseconds, human_share
+from distill.run import Run
 from distill.schema import TEACHER, ArtifactConfig, Config, PruningConfig, ScheduleConfig
 from distill.terms import KnowledgeTerm
 from students import Detector
@@ -230,6 +232,34 @@ def results_row(
     scores = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75, **other_aps}
     per_class = {f"ap_{name}": ap for name, ap in result.per_class.items()}
     return {"epoch": epoch, **losses, **cost, **scores, "lr": lr, "seconds": seconds, **per_class}
+
+
+def cost_columns(run: Run, student: Detector, uncut_macs: int) -> dict[str, float]:
+    """What a student costs, as columns of `results.csv`; what is trained sparse or masked tells how much is 0, too."""
+    macs = count_macs(student, run.config.data.image_size)
+    columns = {"macs": macs, "macs_left": macs / uncut_macs, "params": count_parameters(student)}
+    columns |= {"small_scales": small_scales(student)} if run.sparsity else {}
+    return columns | ({"nonzero": share_nonzero(student)} if run.masks else {})
+
+
+def told_row(
+    row: Mapping[str, Any], epochs: int, losses: Iterable[str], is_cut: bool, time_left: float
+) -> dict[str, Any]:
+    """An epoch's row as it is printed.
+
+    Args:
+        row: as in `results.csv`.
+        epochs: of the run.
+        losses: columns of losses.
+        is_cut: whether the run cuts channels.
+        time_left: in seconds.
+    """
+    told = {"epoch": f"{row['epoch']}/{epochs}"} | {name: row[name] for name in losses}
+    told |= {"macs_left": row["macs_left"]} if is_cut else {}
+    told |= {"AP": row["ap"], "AP50": row["ap50"]}
+    if "teacher_ap" in row:
+        told["teacher_share"] = row["ap"] / row["teacher_ap"] if row["teacher_ap"] else None
+    return told | {"lr": row["lr"], "epoch_time": row["seconds"], "time_left": time_left}
 
 
 def comparison(
