@@ -3,8 +3,8 @@
     python benchmarks/losses.py --sets scenes bccd --seeds 3 --epochs 6 --bccd PATH
 
 Every finished arm is kept under --output, and a second start goes on from there. Losses are balanced by gradient: a
-loss alone pulls as strongly as the task, several each by a weight of its own. Writes --output/losses.json and
-docs/losses.md, which keep what was compared before on other sets and over other numbers of epochs.
+loss alone pulls as strongly as the task, several each by a weight of its own. Writes --output/losses.json and, for each
+set and number of epochs, a section of docs/losses.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be this file
 
-from benchmarks.arms import ROOT, interval, markdown, points, run_arm, setting
+from benchmarks.arms import ROOT, interval, markdown, points, replace_section, run_arm, setting
 from distill import factory
 from distill.combiner import Combiner
 from distill.config import check_config, override, read_yaml
@@ -72,11 +72,13 @@ def main() -> None:
         _, config, base = SETS[name]
         overrides = base if name == "scenes" else [*base, f"data.root={args.bccd}"]
         arms = ["plain", *(arm for arm in args.arms if fits(arm, name) and arm != "plain")]
-        result = compare(args.output / name, config, overrides, arms, args.seeds, args.epochs)
-        results[f"{name}, {args.epochs}"] = result | {"set": name, "epochs": args.epochs, "seeds": args.seeds}
+        cached = sorted({loss for arm in ARMS if fits(arm, name) for loss in ARMS[arm]})
+        result = compare(args.output / name, config, overrides, arms, args.seeds, args.epochs, cached)
+        result |= {"set": name, "epochs": args.epochs, "seeds": args.seeds}
+        results[f"{name}, {args.epochs}"] = result
         args.output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
-        (ROOT / "docs" / "losses.md").write_text(document(list(results.values())))
+        write_down(result)
         print(table(result))
 
 
@@ -87,8 +89,13 @@ def fits(arm: str, name: str) -> bool:
     return "ld" not in ARMS[arm]
 
 
-def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: int, epochs: int) -> dict[str, Any]:
-    """Trains the teacher and all arms on one data set, and measures a step of each; arms of a seed share a cache."""
+def compare(
+    folder: Path, config: str, base: list[str], arms: list[str], seeds: int, epochs: int, cached: list[str]
+) -> dict[str, Any]:
+    """Trains the teacher and all arms on one data set, and measures a step of each.
+
+    Arms of a seed share a cache of what the teacher says, which has what the losses `cached` need.
+    """
     folder = folder.resolve()
     as_student = override(read_yaml(ROOT / config), base)["teacher"]
     teacher = [setting("student", as_student["detector"]), setting("train", as_student["train"])]
@@ -96,13 +103,13 @@ def compare(folder: Path, config: str, base: list[str], arms: list[str], seeds: 
     changes = {arm: [*base, VIEWS, *overrides_of(ARMS[arm], folder), f"train.epochs={epochs}"] for arm in arms}
     entries = {arm: {"ap": [], "ap50": []} for arm in arms}
     for seed in range(seeds):  # a seed of all arms before the next, so that what is done so far can be compared
-        cached = [f"teacher.cache={folder / f'cache{seed}'}"]
-        every = {loss: 1.0 for arm in arms for loss in ARMS[arm]}
-        first = [*base, VIEWS, *overrides_of(every, folder), "train.epochs=1", f"seed={seed}", *cached]
-        run_arm(folder / "cached" / f"seed{seed}", config, first)  # so that records have what all arms need
+        cache = [f"teacher.cache={folder / f'cache{seed}'}"]
+        every = overrides_of(dict.fromkeys(cached, 1.0), folder)
+        first = [*base, VIEWS, *every, "train.epochs=1", f"seed={seed}", *cache]
+        run_arm(folder / "cached" / f"seed{seed}", config, first)
         for arm in arms:
             place = folder / f"{epochs}_epochs" / arm.replace(" ", "") / f"seed{seed}"
-            run = run_arm(place, config, [*changes[arm], f"seed={seed}", *(cached if ARMS[arm] else [])])["student"]
+            run = run_arm(place, config, [*changes[arm], f"seed={seed}", *(cache if ARMS[arm] else [])])["student"]
             for key, values in entries[arm].items():
                 values.append(run[key])
     checked = {arm: check_config(override(read_yaml(ROOT / config), changes[arm]), config) for arm in arms}
@@ -208,23 +215,13 @@ def table(result: dict[str, Any]) -> str:
     return markdown(["", "AP", "AP50", "gap closed", "time a step", "memory a step"], rows)
 
 
-def document(results: list[dict[str, Any]]) -> str:
-    """docs/losses.md."""
-    text = """# What each knowledge loss is worth
-
-The same student throughout, no cuts. Losses are balanced (`balance: gradient`): one alone pulls as strongly as the task
-(weight 1), several each by the weight that is given. AP in points on BCCD's `test`, of the scenes on `val`, mean over
-seeds and its 95% interval; gap closed is (distilled - plain) / (teacher - plain). Time (the teacher's part included,
-no cache) and memory (what the student keeps for its backward pass; the teacher's weights and maps come on top) are
-ratios to plain training. `roi_kd` needs two-stage detectors, and `ld` heads with distributions: neither is everywhere.
-The recipes learn by the best of these, scores, boxes and `fgd` alike.
-"""
-    for result in results:
-        title, _, _ = SETS[result["set"]]
-        epochs, seeds = counted(result["epochs"], "epoch"), counted(result["seeds"], "seed")
-        options = f"--sets {result['set']} --seeds {result['seeds']} --epochs {result['epochs']}"
-        text += f"\n## {title}, {epochs}\n\n{seeds}; `benchmarks/losses.py {options}`\n\n{table(result)}"
-    return text
+def write_down(result: dict[str, Any]) -> None:
+    """Replaces a comparison's section of docs/losses.md; it comes last where there was none."""
+    title, epochs, seeds = SETS[result["set"]][0], counted(result["epochs"], "epoch"), counted(result["seeds"], "seed")
+    options = f"--sets {result['set']} --seeds {result['seeds']} --epochs {result['epochs']}"
+    body = f"{seeds}; `benchmarks/losses.py {options}`\n\n{table(result)}"
+    file = ROOT / "docs" / "losses.md"
+    file.write_text(replace_section(file.read_text(), f"{title}, {epochs}", body))
 
 
 if __name__ == "__main__":

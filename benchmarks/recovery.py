@@ -2,8 +2,8 @@
 
     python benchmarks/recovery.py --sets scenes bccd --seeds 3 --data ../shared/data
 
-Every finished arm is kept under --output, and a second start goes on from there. Writes --output/recovery.json and the
-section of docs/pruning.md.
+Every finished arm is kept under --output, and a second start goes on from there. Writes --output/recovery.json and a
+section of docs/pruning.md for each set.
 """
 
 import argparse
@@ -39,7 +39,6 @@ SETS = {
 }
 PLAIN = ["teacher=null", "losses={}"]
 UNPRUNED, OURS = "unpruned, plain", "cut between epochs + distillation"
-TITLE = "What is won back"
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,9 @@ def main() -> None:
             args.output.mkdir(parents=True, exist_ok=True)
             (args.output / "recovery.json").write_text(json.dumps(results, indent=2) + "\n")
             print(f"{name}, {seed + 1} of {args.seeds} seeds\n{table(results[name])}", flush=True)
-    file = ROOT / "docs" / "pruning.md"
-    file.write_text(replace_section(file.read_text(), TITLE, section(results, args.seeds, args.epochs)))
+        file, title = ROOT / "docs" / "pruning.md", f"What is won back: {SETS[name][0]}"
+        body = section(name, results[name], args.seeds, args.epochs)
+        file.write_text(replace_section(file.read_text(), title, body))
 
 
 def compare(
@@ -197,23 +197,18 @@ def table(result: dict[str, Any]) -> str:
     return markdown(["", "AP", "against unpruned", "right after the last cut", "MACs", "latency", "speed"], rows)
 
 
-def section(results: dict[str, Any], seeds: int, epochs: int) -> str:
-    """The section of docs/pruning.md."""
+def section(name: str, result: dict[str, Any], seeds: int, epochs: int) -> str:
+    """A data set's section of docs/pruning.md."""
     first, last = (epoch + 1 for epoch in cut_between(epochs))
-    on = counted(torch.get_num_threads(), "thread")
-    text = f"""Every student is trained for {epochs} epochs in all, by the recipe's optimizer, importance and ranking.
-Cuts between epochs come before epochs {first} to {last}, one-shot cuts before epoch {last}. *Same widths from scratch*
-has the widths that the cuts between epochs came to, and random weights; *same widths from the start* the recipe's
-first weights, ImageNet's, cut likewise, so it knows where to cut, but nothing of what was learnt before. AP in points
-on the recipe's test split, mean over {counted(seeds, "seed")} and its 95% interval; right after the last cut, before
-any training, it is AP on val. *Against unpruned* compares seed by seed. Latency is that of one image, eager mode, {on}
-of a CPU, all students in turns.
+    when = f"epochs {first} to {last}" if first < last else f"epoch {first}"
+    return f"""{counted(seeds, "seed")}, {counted(epochs, "epoch")} in all. Cuts between epochs come before {when},
+one-shot cuts before epoch {last}. Latency on {counted(torch.get_num_threads(), "thread")} of a CPU.
 
 ```
-python benchmarks/recovery.py --sets {" ".join(results)} --seeds {seeds} --epochs {epochs}
+python benchmarks/recovery.py --sets {name} --seeds {seeds} --epochs {epochs}
 ```
-"""
-    return text + "".join(f"\n### {SETS[name][0]}\n\n{table(result)}" for name, result in results.items())
+
+{table(result)}"""
 
 
 if __name__ == "__main__":

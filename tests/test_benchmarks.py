@@ -76,13 +76,14 @@ def test_the_teacher_of_other_heads_has_such_a_head_itself(tmp_path, monkeypatch
     monkeypatch.setattr(losses, "run_arm", run_arm)
     monkeypatch.setattr(losses, "measure_steps", lambda configs: {arm: {"seconds": 1.0} for arm in configs})
     _, config, base = losses.SETS["bccd_gfl"]
-    losses.compare(tmp_path, config, base, ["plain", "ld"], seeds=2, epochs=3)
+    losses.compare(tmp_path, config, base, ["plain", "ld"], seeds=2, epochs=3, cached=["ld", "cross_kd"])
     assert [str(folder) for folder in configs] == [
         "teacher", "cached/seed0", "3_epochs/plain/seed0", "3_epochs/ld/seed0",
         "cached/seed1", "3_epochs/plain/seed1", "3_epochs/ld/seed1",
     ]  # fmt: skip
     assert all(config.student.head == "gfl" for config in configs.values())
     assert configs[Path("teacher")].student.backbone == "tf_efficientnet_lite2"
+    assert list(configs[Path("cached/seed1")].losses) == ["ld", "cross_kd"]
     last = configs[Path("3_epochs/ld/seed1")]
     assert (last.train.epochs, last.seed, last.teacher.cache) == (3, 1, str(tmp_path / "cache1"))
 
@@ -162,25 +163,31 @@ def test_spearman_compares_ranks():
 
 
 @pytest.mark.slow
-def test_losses_are_compared_and_finished_arms_kept(settings, tmp_path):
+def test_losses_are_compared_and_finished_arms_kept(settings, tmp_path, monkeypatch):
     config = tmp_path / "a.yaml"
     config.write_text(yaml.safe_dump(settings))
     arms = ["plain", "pkd", "1 dense_sigmoid + 1 box_mimic"]
-    result = losses.compare(tmp_path / "out", str(config), [], arms, seeds=2, epochs=1)
+    cached = ["pkd", "dense_sigmoid", "box_mimic"]
+    result = losses.compare(tmp_path / "out", str(config), [], arms, 2, 1, cached)
     assert list(result["arms"]) == arms
     for entry in result["arms"].values():
         assert len(entry["ap"]) == 2 and entry["seconds"] > 0 and entry["kept_mib"] > 0
     assert result["arms"]["pkd"]["kept_mib"] > result["arms"]["plain"]["kept_mib"]
     table = losses.table(result)
     assert table.count("\n") == 2 + 1 + 3 and "| pkd | " in table
-    text = losses.document([result | {"set": "scenes", "epochs": 1, "seeds": 2}])
-    assert "## Drawn scenes" in text and "1 epoch\n" in text and "2 seeds; `benchmarks" in text
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "losses.md").write_text("# Losses\n\n## Others\n\n1\n")
+    monkeypatch.setattr(losses, "ROOT", tmp_path)
+    losses.write_down(result | {"set": "scenes", "epochs": 1, "seeds": 2})
+    text = (tmp_path / "docs" / "losses.md").read_text()
+    assert "## Others\n\n1\n\n## Drawn scenes" in text and "1 epoch\n" in text and "2 seeds; `benchmarks" in text
+    monkeypatch.undo()
 
     summaries = sorted((tmp_path / "out").rglob("summary.json"))
     assert len(summaries) == 1 + 2 + 3 * 2
     assert all((tmp_path / "out" / f"cache{seed}").is_dir() for seed in (0, 1))
     times = [path.stat().st_mtime_ns for path in summaries]
-    again = losses.compare(tmp_path / "out", str(config), [], arms, seeds=2, epochs=1)
+    again = losses.compare(tmp_path / "out", str(config), [], arms, 2, 1, cached)
     assert [path.stat().st_mtime_ns for path in summaries] == times
     assert json.dumps(again["arms"]["pkd"]["ap"]) == json.dumps(result["arms"]["pkd"]["ap"])
 
@@ -198,7 +205,7 @@ def test_ways_to_cut_are_compared_at_equal_macs(settings, tmp_path):
     ours, *_, from_the_start = arms.values()
     assert (from_the_start["macs"], from_the_start["params"]) == (ours["macs"], ours["params"])
     assert from_the_start["ap_right_after"] is None and ours["ap_right_after"] is not None
-    assert recovery.TITLE not in recovery.section({"scenes": result}, 1, 3)
+    assert "Cuts between epochs come before epoch 1, one-shot" in recovery.section("scenes", result, 1, 3)
 
 
 @pytest.mark.slow
