@@ -69,7 +69,7 @@ class PseudoLabelConfig(TermConfig):
 
 class RoiKDConfig(TermConfig):
     name: Literal["roi_kd"]
-    classes: Literal["kl", "dkd"] = "kl"
+    classes: Literal["kl", "dkd", "dist"] = "kl"
     boxes: Literal["bounded", "smooth_l1", "none"] = "bounded"
     temperature: Positive = 1.0
     alpha: NotNegative = 1.0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distill.terms.base import KnowledgeTerm, Targets
-from losses import bounded_regression, class_deltas, dkd, roi_classification, roi_regression
+from losses import bounded_regression, class_deltas, dist, dkd, roi_classification, roi_regression
 from students import Detector, TwoStageDetector, TwoStageOutput
 
 
@@ -21,7 +21,8 @@ class RoiKDTerm(KnowledgeTerm):
         student: a two-stage detector.
         teacher: likewise.
         levels: must be None; a proposal belongs to no pair of levels.
-        classes: `kl`, see `losses.roi_classification`, or `dkd`, see `losses.dkd`, on the proposals' true classes.
+        classes: `kl`, see `losses.roi_classification`; `dkd`, see `losses.dkd`, on the proposals' true classes; or
+            `dist`, see `losses.dist`, whose rows are the proposals.
         boxes: `bounded`, see `losses.bounded_regression`, which asks for the true box where the teacher is closer to
             it; `smooth_l1`, see `losses.roi_regression`, which asks for the teacher's; or `none`.
         temperature: of the class scores.
@@ -42,7 +43,7 @@ class RoiKDTerm(KnowledgeTerm):
         student: Detector,
         teacher: Detector,
         levels: Sequence[str] | None = None,
-        classes: Literal["kl", "dkd"] = "kl",
+        classes: Literal["kl", "dkd", "dist"] = "kl",
         boxes: Literal["bounded", "smooth_l1", "none"] = "bounded",
         temperature: float = 1.0,
         alpha: float = 1.0,
@@ -81,12 +82,12 @@ class RoiKDTerm(KnowledgeTerm):
         ours = learner.roi(student.features, samples.boxes)
         with torch.no_grad():
             theirs = expert.roi(teacher.features, samples.boxes)
-        if self.classes == "kl":
-            loss = self.class_weight * roi_classification(ours.class_logits, theirs.class_logits, self.temperature)
+        logits = ours.class_logits, theirs.class_logits
+        if self.classes == "dkd":
+            loss = dkd(*logits, samples.labels, self.alpha, self.beta, self.temperature)
         else:
-            loss = self.class_weight * dkd(
-                ours.class_logits, theirs.class_logits, samples.labels, self.alpha, self.beta, self.temperature
-            )
+            loss = {"kl": roi_classification, "dist": dist}[self.classes](*logits, self.temperature)
+        loss = self.class_weight * loss
         if self.boxes == "none":
             return loss
         foreground = samples.labels < len(learner.class_names)

@@ -72,6 +72,8 @@ KL = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
         ({"boxes": "smooth_l1"}, KL / 2 + 0.5 * (0.5 * 0.5**2 / 4)),
         # of two classes the second part of DKD is nothing, and the first is KL
         ({"classes": "dkd", "boxes": "none", "alpha": 2.0}, 2 * KL / 2),
+        # the student tells neither classes nor proposals apart, so nothing correlates: 1 for rows, 1 for columns
+        ({"classes": "dist", "boxes": "none"}, 2.0),
         ({"class_weight": 0.0, "box_weight": 3.0}, 3.0),
     ],
 )
@@ -84,6 +86,14 @@ def test_values(settings, value):
     assert student.logits.grad is not None
     if settings.get("boxes") != "none":
         assert not student.deltas.grad[1].any()  # background has no box
+
+
+def test_relations_are_those_of_proposals_and_classes():
+    # the teacher says (3/4, 1/4) and (1/2, 1/2); the student (1/2, 1/2) and (3/4, 1/4)
+    student, teacher = Scripted(TEACHER[0][::-1], STUDENT[1]), Scripted(*TEACHER)
+    # a row that is constant correlates with nothing, 1; both columns fall where the teacher's rise, 2
+    loss = run({"classes": "dist", "boxes": "none"}, student, teacher)
+    assert loss.item() == pytest.approx(1 + 2, rel=1e-5)
 
 
 def test_nothing_to_learn_from_oneself(build_two_stage, images, targets):
