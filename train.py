@@ -377,7 +377,9 @@ def train_epoch(
                 loss, parts = loss + penalty, parts | {PENALTY: penalty.detach()}
             accelerator.backward(loss)
             if accelerator.sync_gradients and settings.clip_norm:
-                accelerator.clip_grad_norm_(unit.parameters(), settings.clip_norm)
+                norm = accelerator.clip_grad_norm_(unit.parameters(), settings.clip_norm)
+                if accelerator.scaler is None:  # which itself passes over a step that overflows
+                    unit.combiner.see_gradient(norm)
             optimizer.step()
             optimizer.zero_grad()
         if run.masks:

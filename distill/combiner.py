@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from losses import average_across_ranks
 
+GRADIENT = "gradient"  # what is named where no loss is to blame
+
 
 @dataclass(frozen=True)
 class WeightSchedule:
@@ -121,50 +123,65 @@ class Combiner(nn.Module):
             features: the student's pyramid, which all of them were computed from.
         """
         weighted = {name: self.weight(name) * value for name, value in terms.items()}
+        no_numbers = torch.zeros(2 + len(terms), dtype=torch.bool, device=task.device)
         if self.balance == "gradient" and terms:
             if self.training and (self.step < self.EAGER or self.step % self.EVERY == 0):
-                self._measure([task, *terms.values()], features)
+                no_numbers[:-1] = self._measure([task, *terms.values()], features)
             task_norm, *norms = self.gradient_norms.unbind()
             # a term that has shown no gradient yet has nothing to be scaled by
             factors = [torch.where(norm > 0, task_norm / norm, 0.0) for norm in norms]
             weighted = {name: factor * value for factor, (name, value) in zip(factors, weighted.items())}
         total = sum(weighted.values(), task)
         parts = {name: value.detach() for name, value in {"task": task, **weighted}.items()}
-        bad = ~torch.isfinite(torch.stack(list(parts.values())))
-        if self._bad is None:
-            self._bad, self._bad_step = bad, torch.full((), self.step, device=bad.device)
-        else:
-            known = self._bad.any()
-            self._bad, self._bad_step = (
-                torch.where(known, self._bad, bad),
-                torch.where(known, self._bad_step, self.step),
-            )
+        no_numbers[:-1] |= ~torch.isfinite(torch.stack(list(parts.values())))
+        self._remember(no_numbers)
         return total, parts
 
-    def bad_losses(self) -> tuple[int, list[str]]:
-        """The first step that had losses which were no numbers, and which; once asked, all is forgotten.
+    def see_gradient(self, norm: Tensor) -> None:
+        """Looks at the norm of a step's whole gradient, which may be no number where every loss is one."""
+        no_numbers = torch.zeros(2 + len(self.weights), dtype=torch.bool, device=norm.device)
+        no_numbers[-1] = ~torch.isfinite(norm)
+        self._remember(no_numbers)
 
-        A NaN spreads to everything within a step, so only the first step tells where it came from. It is kept on the
-        device, and a GPU is made to wait only when someone asks.
+    def _remember(self, bad: Tensor) -> None:
+        """Keeps what was no number, if it is the first time since it was last asked about."""
+        if self._bad is None:
+            self._bad, self._bad_step = bad, torch.full((), self.step, device=bad.device)
+            return
+        known = self._bad.any()
+        self._bad, self._bad_step = (
+            torch.where(known, self._bad, bad),
+            torch.where(known, self._bad_step, self.step),
+        )
+
+    def bad_losses(self) -> tuple[int, list[str]]:
+        """The first step in which something was no number, and what: `task`, terms, or, where none of these was to
+        blame, `GRADIENT`; once asked, all is forgotten.
+
+        A term is also to blame for its own gradient, where that was measured. A NaN spreads to everything within a
+        step, so only the first step tells where it came from. It is kept on the device, and a GPU is made to wait only
+        when someone asks.
         """
         bad, self._bad = self._bad, None
         if bad is None:
             return self.step, []
-        return int(self._bad_step), [name for name, flag in zip(["task", *self.weights], bad.tolist()) if flag]
+        names = ["task", *self.weights, GRADIENT]
+        return int(self._bad_step), [name for name, flag in zip(names, bad.tolist()) if flag]
 
     def share(self, name: str, task_norm: float, norm: float) -> float:
         """How long a term's gradient is, as weighted at present, against the task's of length `task_norm`."""
         return self.weight(name) * (1.0 if self.balance == "gradient" else norm / task_norm)
 
-    def _measure(self, losses: list[Tensor], features: tuple[Tensor, ...]) -> None:
-        """Brings the averages forward by the gradients of one batch."""
+    def _measure(self, losses: list[Tensor], features: tuple[Tensor, ...]) -> Tensor:
+        """Brings the averages forward by the gradients of one batch; (L,) which of these were no numbers."""
         # Squares add up over images, and so over ranks. That each rank's gradients count one over the number of ranks
         # makes all norms smaller alike, and only their ratios are used.
         new = average_across_ranks(gradient_norms(losses, features).square()).sqrt()
         old = self.gradient_norms
         # where nothing was seen before there is nothing to average with; where nothing is seen now, the old one stays
         average = torch.where(old > 0, old.sqrt() * new.sqrt(), new)
-        self.gradient_norms.copy_(torch.where(new > 0, average, old))
+        self.gradient_norms.copy_(torch.where((new > 0) & new.isfinite(), average, old))
+        return ~new.isfinite()
 
 
 def gradient_norms(losses: list[Tensor], features: tuple[Tensor, ...]) -> Tensor:

@@ -92,7 +92,7 @@ def explain(error: ValidationError) -> str:
     path = [str(p) for p in found["loc"]]
     kind, value = found["type"], found["input"]
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    names, allowed = _resolve(path)
+    names, allowed, within = _resolve(path)
     key = ".".join(name for name in names if not name.isdecimal())
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], allowed, 1)
@@ -113,13 +113,14 @@ def explain(error: ValidationError) -> str:
         if "name" not in value:
             return f"{key}.name: is missing; choose {options}{more}"
         name = str(value["name"])
-        near = difflib.get_close_matches(name, options.replace("'", "").split(", "), 1)
+        near = difflib.get_close_matches(name.lower(), options.replace("'", "").split(", "), 1)
         hint = f", did you mean {near[0]}" if near else ""
         function = next((f for f in losses.__all__ if f"{f}_".startswith(f"{name}_")), None)
         hint = f" (losses.{function} is for tensors only)" if function else hint
         return f"{key}: name {name!r} is not allowed{hint}; choose name: {options}{more}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key}: found {value!r}; a section is needed, with keys of its own such as in configs/*.yaml{more}"
+        keys = f"keys of its own: {', '.join(within)}" if within else "keys of its own such as in configs/*.yaml"
+        return f"{key}: found {value!r}; a section is needed, with {keys}{more}"
     if kind == "value_error":
         return f"{key + ': ' if key else ''}{found['ctx']['error']}{more}"
     message = found["msg"][0].lower() + found["msg"][1:]
@@ -134,8 +135,9 @@ def _unshared(value: Any) -> Any:
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
-def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
-    """The user's own key path, without pydantic's union tags, and the keys allowed where the last one stands."""
+def _resolve(path: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """The user's own key path, without pydantic's union tags; the keys allowed where the last one stands; and those
+    that it may have itself, where that does not depend on a name."""
     names, allowed = [], list(Config.model_fields)
     models, is_free = [Config], False  # what the next part belongs to; whether that is a name the user may choose
     for part in path:
@@ -151,7 +153,7 @@ def _resolve(path: list[str]) -> tuple[list[str], list[str]]:
         allowed = list(models[0].model_fields) if models else allowed
         models = _sections_of(field.annotation) if field else []
         is_free = field is not None and get_origin(field.annotation) is dict
-    return names, allowed
+    return names, allowed, list(models[0].model_fields) if len(models) == 1 and not is_free else []
 
 
 def _tags(model: type[Section]) -> tuple[str, ...]:

@@ -77,7 +77,8 @@ def estimate(
     number, of_student = sum(p.numel() for p in trained), sum(p.numel() for p in unit.student.parameters())
     adapters = count_parameters(unit) - of_student
     copies = 2 + (processes > 1) + 0.5 * bool(half)  # weights and gradients
-    kept, outputs, largest = count_kept(unit, teachers, size)
+    with unit.combiner.at_most():  # a term that is only warming up costs what it will
+        kept, outputs, largest = count_kept(unit, teachers, size)
     scale = 0.5 if half else 1.0
     memory = {
         "student": NUMBER * of_student * copies,
@@ -92,10 +93,11 @@ def estimate(
     }
 
     sample = min(batch, FEW) if device.type == "cpu" else batch
-    asked, both, task = time_passes(unit, teachers, size, sample, device, half)
-    if sample < batch and asked + both < SHORT:  # what does not grow with the batch counts
-        sample = min(batch, MANY)
+    with unit.combiner.at_most():
         asked, both, task = time_passes(unit, teachers, size, sample, device, half)
+        if sample < batch and asked + both < SHORT:  # what does not grow with the batch counts
+            sample = min(batch, MANY)
+            asked, both, task = time_passes(unit, teachers, size, sample, device, half)
     forwards = sum(count_macs(teacher.shape, size) for teacher in teachers.values()) * batch
     of_student_macs = 3 * count_macs(unit.student, size) * batch
     seconds = {

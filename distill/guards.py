@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from distill.combiner import gradient_norms
+from distill.combiner import GRADIENT, gradient_norms
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.ema import EMA
@@ -33,6 +33,8 @@ def look_at_losses(run: Run) -> list[str]:
     alike = [name for name, teacher in run.config.all_teachers.items() if teacher.itself]
     settings = run.config.guards
     found = check_terms(run.unit, run.teachers, batch, settings.dominates, alike) if batch else {}
+    for line in tell_blind(run.unit, run.teachers, run.calibration_batches()):
+        run.report.warn(line)
     found = gather_object([found])[0]  # of the main process, so that no rounding lets others train on other losses
     if found and settings.dominating_term == "stop":
         raise UserError(f"{next(iter(found.values()))}; guards.dominating_term=warn goes on")
@@ -88,7 +90,7 @@ def check_terms(
     devices = [] if device.type == "cpu" else [device]
     modes = [(module, module.training) for module in unit.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in unit.buffers()]
-    combiner = unit.combiner
+    combiner, skipped = unit.combiner, unit.skipped.copy()
     with combiner.at_most(), torch.enable_grad(), torch.random.fork_rng(devices, device_type=device.type):
         lessons = unit.train().ask(teachers, batch.images, batch.targets)
         task, terms, features = unit.losses(batch.images, batch.targets, lessons)
@@ -99,15 +101,17 @@ def check_terms(
         module.training = training
     for buffer, before in buffers:
         buffer.copy_(before)
+    no_numbers, unit.skipped = unit.skipped - skipped, skipped
     dominating = {}
     for name, norm, share, counting in zip(terms, norms, shares, counts):
         if not counting:
             continue
-        if norm == 0 and unit.taught_by[name] in alike:
+        if norm == 0 and unit.taught_by[name] in alike and name not in no_numbers:
             continue
         if not norm > 0:  # NaN too
             found = "no gradient" if norm == 0 else "a gradient that is no number"
-            why = unit.terms[name].silent_because if norm == 0 else ""
+            found = "a loss that is no number" if name in no_numbers else found
+            why = unit.terms[name].silent_because if norm == 0 and name not in no_numbers else ""
             raise UserError(f"losses.{name}: gives the student {found}, so it teaches nothing{why}; leave it out")
         if share > dominates:
             fitting = combiner.weights[name] * dominates / share
@@ -121,6 +125,34 @@ def check_terms(
         if touched:
             raise UserError(f"{Config.teacher_key(key)}: {touched[0]} takes part in training; a teacher must be frozen")
     return dominating
+
+
+def tell_blind(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> list[str]:
+    """A line for each loss that learns from its teacher's detections, where these images show none: it would learn that
+    all is background, as strongly as from a teacher that sees."""
+    combiner, seen = unit.combiner, 0
+    with combiner.at_most():
+        waiting = {
+            name: term.score_threshold
+            for name, term in unit.terms.items()
+            if term.score_threshold is not None and combiner.weight(name)
+        }
+    for batch in batches if waiting else ():
+        size, seen = tuple(batch.images.shape[-2:]), seen + len(batch.images)
+        for name, least in list(waiting.items()):
+            teacher = teachers[unit.taught_by[name]]
+            with torch.no_grad():
+                found = label_images(teacher.detector, teacher(batch.images), size, least)
+            if any(len(target["labels"]) for target in found):
+                del waiting[name]
+        if not waiting:
+            break
+    return [
+        f"losses.{name}: {Config.teacher_key(unit.taught_by[name])} detects nothing with a score of {least:g} or more "
+        f"on {seen} training images, so it teaches that all is background; lower losses.{name}.score_threshold, or "
+        "take a teacher that knows such images"
+        for name, least in waiting.items()
+    ]
 
 
 def check_losses(unit: Distiller, accelerator: Accelerator, seen: Iterable[tuple[int, list[str]]], file: Path) -> None:
@@ -145,8 +177,12 @@ def check_losses(unit: Distiller, accelerator: Accelerator, seen: Iterable[tuple
         _write_failure(file, losses, step, unit, images)
     folder = RunFolder(file.parent).outermost
     way_out = "lower train.optimizer.lr" if losses[0] == "task" else f"lower losses.{losses[0]}.weight, or leave it out"
+    what = f"losses: {', '.join(losses)}"
+    if losses == [GRADIENT]:
+        what = "losses: all were numbers, but the gradient"
+        way_out = f"lower train.optimizer.lr, or leave out one of {', '.join(unit.terms) or 'them'}"
     raise UserError(
-        f"losses: {', '.join(losses)} became NaN or infinite in step {step + 1} (epoch {int(unit.combiner.epoch) + 1}) "
+        f"{what} became NaN or infinite in step {step + 1} (epoch {int(unit.combiner.epoch) + 1}) "
         f"on {', '.join(images)}, see {file}; {way_out}: train.py --resume {folder} key=value goes on from the "
         "last checkpoint"
     )

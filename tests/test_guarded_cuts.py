@@ -10,6 +10,7 @@ import yaml
 
 import students
 import train
+from distill import evaluation
 from distill.measure import count_nonzero, count_parameters
 from distill.pruning.guard import CutGuard
 
@@ -124,7 +125,7 @@ def test_what_never_holds_is_left_out_and_told(start, settings, tmp_path, monkey
 def test_the_best_student_within_the_budget_is_saved(start, settings, tmp_path, monkeypatch, capsys):
     aps = iter([0.9, 0.2, 0.5, 0.3, 0.35, 0.1])  # uncut, again on test, of epochs 2 to 4, and of the last
     # the best of all was over the budget
-    monkeypatch.setattr(train, "run_evaluation", scored(train.run_evaluation, aps))
+    monkeypatch.setattr(evaluation, "run_evaluation", scored(evaluation.run_evaluation, aps))
     said = start("run", capsys)
     assert "the best student within the budget is saved, that of epoch 2" in said
     best = (tmp_path / "run/checkpoints/best/model.safetensors").read_bytes()

@@ -52,8 +52,9 @@ def test_two_processes_follow_one(settings, build_tiny, frozen_norms, double, on
     settings["data"]["augment"] = {"brightness": 0.2}
     monkeypatch.setattr("distill.pictures.album.Album.update", lambda *arguments, **more: None)
     nothing = EvaluationResult(None, None, None, None, None, None, {}, {})
-    monkeypatch.setattr(train, "run_evaluation", lambda *arguments: nothing)
+    monkeypatch.setattr("distill.evaluation.run_evaluation", lambda *arguments: nothing)
     monkeypatch.setattr(train, "count_macs", lambda *arguments: 1)
+    monkeypatch.setattr("distill.summary.count_macs", lambda *arguments: 1)
     monkeypatch.setattr(train, "finish", lambda *arguments: None)
 
     def follow(batch_size):

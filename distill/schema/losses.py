@@ -7,13 +7,24 @@ from pydantic import AfterValidator, Field
 from distill.schema.base import Count, NotNegative, Number, Positive, Section, Share
 
 
-def _not_empty(levels: list[str]) -> list[str]:
+def _each_once(levels: list[str]) -> list[str]:
     if not levels:
         raise ValueError("found []; name some, such as [P3, P4], or leave it out for all that find a partner")
+    if len({*levels}) < len(levels):
+        raise ValueError(f"found [{', '.join(levels)}]; name each once")
     return levels
 
 
-Levels = Annotated[list[str], AfterValidator(_not_empty)]
+def _zero_or_smooth(beta: float) -> float:
+    if 0 < beta < 1:
+        raise ValueError(
+            f"found {beta:g}; between 0 and 1 the gradient is infinite where student and teacher agree, so give 0, or "
+            "1 or more"
+        )
+    return beta
+
+
+Levels = Annotated[list[str], AfterValidator(_each_once)]
 
 
 class ScheduleConfig(Section):
@@ -40,7 +51,7 @@ class TermConfig(Section):
 
 class DenseSigmoidConfig(TermConfig):
     name: Literal["dense_sigmoid"]
-    beta: NotNegative = 1.0
+    beta: Annotated[NotNegative, AfterValidator(_zero_or_smooth)] = 1.0
     temperature: Positive = 1.0
 
 

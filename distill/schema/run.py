@@ -289,6 +289,13 @@ class Config(Section):
                     f"from 0, so that it would never count; give {begins + 1} or more, or leave the loss out"
                 )
 
+            share, most = 1.0 if loss.weight is None else loss.weight, self.guards.dominates
+            if self.balance == "gradient" and self.guards.dominating_term == "stop" and share > most:
+                raise ValueError(
+                    f"losses.{key}.weight: found {share:g}; with balance: gradient that is how many times the task's "
+                    f"its gradient is, and guards.dominates allows {most:g}; lower it, or say balance: none"
+                )
+
     def _begins(self, loss: TermConfig) -> int:
         """The epoch, counted from 0, before which a loss has no teacher."""
         teacher = self.all_teachers[loss.teacher or next(iter(self.all_teachers))]

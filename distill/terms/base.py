@@ -66,9 +66,19 @@ def match_levels(
 
 
 def describe_pairs(
-    pairs: Sequence[tuple[int, int]], student_strides: Sequence[float], teacher_strides: Sequence[float]
+    pairs: Sequence[tuple[int, int]],
+    student_strides: Sequence[float],
+    teacher_strides: Sequence[float],
+    everything: bool = True,
 ) -> str:
-    """Such as 'P3-P5 by stride, P6 from the teacher's P5'."""
+    """Such as 'P3-P5 by stride; P6 from the teacher's P5, interpolated; P7 without a partner'.
+
+    Args:
+        pairs: (student level, teacher level).
+        student_strides: pixels.
+        teacher_strides: likewise, of the same pixels.
+        everything: whether all levels were to be paired, so that those which are not are told.
+    """
     equal = [i for i, j in pairs if student_strides[i] == teacher_strides[j]]
     names = [level_name(student_strides[i]) for i in equal]
     if len(equal) > 2 and equal == list(range(equal[0], equal[-1] + 1)):
@@ -79,6 +89,9 @@ def describe_pairs(
         for i, j in pairs
         if i not in equal
     ]
+    met = {student_strides[i] for i, _ in pairs}
+    alone = [level_name(stride) for stride in student_strides if stride not in met]
+    parts += [f"{', '.join(alone)} without a partner"] if everything and alone else []
     return "; ".join(parts)
 
 
@@ -96,6 +109,7 @@ class KnowledgeTerm(nn.Module, ABC):
         uses_head: whether it goes by more of the teacher than its pyramid.
         uses_classes: whether it goes by the teacher's class scores, which must be of classes that the student has.
         uses_boxes: whether it goes by the ground truth's boxes; where there are none, a teacher's detections stand in.
+        score_threshold: of the teacher's detections that it learns from; None where it learns from none.
         pairs: (student level, teacher level).
         pairing: the same in words; empty where levels do not matter.
         level_names: the pairs' names, such as P3.
@@ -106,11 +120,12 @@ class KnowledgeTerm(nn.Module, ABC):
     uses_head: ClassVar[bool] = True
     uses_classes: ClassVar[bool] = False
     uses_boxes: ClassVar[bool] = False
+    score_threshold: float | None = None
 
     def __init__(self, student: Detector, teacher: Detector, levels: Sequence[str] | None = None):
         super().__init__()
         self.pairs = match_levels(student.strides, teacher.strides, levels, self.interpolates)
-        self.pairing = describe_pairs(self.pairs, student.strides, teacher.strides)
+        self.pairing = describe_pairs(self.pairs, student.strides, teacher.strides, everything=levels is None)
         self.level_names = [level_name(student.strides[i]) for i, _ in self.pairs]
 
     @property

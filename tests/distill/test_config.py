@@ -99,6 +99,14 @@ def test_overrides_that_are_none(write, override, message):
             "student: found 'resnet18'; a section is needed, with keys of its own such as in configs/*.yaml",
         ),
         (
+            "losses.feature_mimic.schedule=cosine",
+            "losses.feature_mimic.schedule: found 'cosine'; a section is needed, with keys of its own: shape, final, ",
+        ),
+        ("losses.feature_mimic.levels=[P3,P3]", "losses.feature_mimic.levels: found [P3, P3]; name each once"),
+        ("losses.it={name: CWD}", "losses.it: name 'CWD' is not allowed, did you mean cwd; choose"),
+        ("losses.it={name: dense_sigmoid, beta: 0.5}", "losses.it.beta: found 0.5; between 0 and 1 the gradient"),
+        ("losses.it={name: pkd, weight: 101}", "losses.it.weight: found 101; with balance: gradient that is how many"),
+        (
             "student.name=retinaned",
             "student: name 'retinaned' is not allowed, did you mean retinanet; choose name: 'dense', 'fcos', ",
         ),

@@ -9,8 +9,16 @@ from distill.combiner import Combiner, WeightSchedule
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.errors import UserError
-from distill.guards import check_losses, check_terms, check_unchanged, find_objects, fingerprint, tell_left_out
-from distill.terms import AttentionTransferTerm, KnowledgeTerm, MGDTerm, PKDTerm
+from distill.guards import (
+    check_losses,
+    check_terms,
+    check_unchanged,
+    find_objects,
+    fingerprint,
+    tell_blind,
+    tell_left_out,
+)
+from distill.terms import AttentionTransferTerm, KnowledgeTerm, MGDTerm, PKDTerm, PseudoLabelTerm
 from teachers import Teacher
 
 
@@ -65,6 +73,24 @@ def test_a_term_without_gradient_is_named(make, batch):
     unit, teachers = make(Broken)
     with pytest.raises(UserError, match=r"losses.it: gives the student a gradient that is no number"):
         check_terms(unit, teachers, batch, 100.0)
+
+
+def test_a_term_that_is_left_out_as_no_number_is_not_taken_for_silent(make, batch):
+    unit, teachers = make(Broken, skip_bad=True)
+    with pytest.raises(UserError, match=r"losses.it: gives the student a loss that is no number, so"):
+        check_terms(unit, teachers, batch, 100.0)
+    assert not unit.skipped
+
+
+def test_a_teacher_that_detects_nothing_is_told(make, batch):
+    unit, teachers = make(PseudoLabelTerm)
+    unit.terms["it"].score_threshold = 0.0
+    assert tell_blind(unit, teachers, [batch]) == []
+    unit.terms["it"].score_threshold = 0.99
+    (line,) = tell_blind(unit, teachers, [batch, batch])
+    assert line.startswith("losses.it: teacher detects nothing with a score of 0.99 or more on 4 training images")
+    unit.combiner.weights["it"] = 0.0
+    assert tell_blind(unit, teachers, [batch]) == []
 
 
 def test_a_term_that_dominates_is_named_with_a_weight_that_fits(make, batch):
@@ -130,6 +156,33 @@ def test_the_loss_that_went_wrong_first_is_named(make, batch, tmp_path):
     file.unlink()
     check_losses(unit, accelerator, seen, file)
     assert not file.exists()
+
+
+class Steep(KnowledgeTerm):
+    """A number, with a gradient that is none: that of a root at 0."""
+
+    def forward(self, student, teacher, targets, image_size):
+        return (student.features[0].sum() * 0.0).sqrt()
+
+
+def test_a_gradient_that_is_no_number_is_told_before_all_losses_are(make, batch, tmp_path):
+    unit, teachers = make(Steep)
+    accelerator, file = Accelerator(), tmp_path / "it.json"
+    lessons = unit.ask(teachers, batch.images, batch.targets)
+    unit.combiner.step = 4
+    loss, _ = unit(batch.images, batch.targets, lessons)
+    loss.backward()
+    unit.combiner.see_gradient(torch.nn.utils.clip_grad_norm_(unit.parameters(), 1.0))
+    unit.combiner.step = 5
+    unit(batch.images * float("nan"), batch.targets, lessons)
+    told = r"losses: all were numbers, but the gradient became NaN or infinite in step 5 .* leave out one of it: train"
+    with pytest.raises(UserError, match=told):
+        check_losses(unit, accelerator, [(4, ["a.jpg"]), (5, ["b.jpg"])], file)
+    assert json.loads(file.read_text())["images"] == ["a.jpg"]
+
+    unit.combiner = Combiner({"it": 1.0}, balance="gradient").train()  # which measures each term's gradient
+    unit(batch.images, batch.targets, lessons)
+    assert unit.combiner.bad_losses() == (0, ["it"])
 
 
 def test_a_broken_term_can_be_left_out_of_a_step(make, batch, build_tiny):

@@ -85,9 +85,12 @@ def test_levels_of_unlike_strides_meet_within_a_factor_of_2():
 
 
 def test_pairs_are_told_in_words():
-    describe = lambda ours, theirs, **more: describe_pairs(match_levels(ours, theirs, **more), ours, theirs)  # noqa: E731
+    def describe(ours, theirs, levels=None, **more):
+        return describe_pairs(match_levels(ours, theirs, levels, **more), ours, theirs, everything=levels is None)
+
     assert describe((8, 16, 32), (8, 16, 32)) == "P3-P5 by stride"
-    assert describe((4, 8, 16), (8, 16, 32)) == "P3, P4 by stride"
+    assert describe((4, 8, 16), (8, 16, 32)) == "P3, P4 by stride; P2 without a partner"
+    assert describe((8, 16, 32, 64), (4.0,), interpolate=True).endswith("interpolated; P4, P5, P6 without a partner")
     assert describe((8, 16, 32), (8, 16, 32), levels=["P3", "P5"]) == "P3, P5 by stride"
     found = describe((4, 8, 16, 32), (8, 16), interpolate=True)
     assert found == "P3, P4 by stride; P2 from the teacher's P3, interpolated; P5 from the teacher's P4, interpolated"
