@@ -33,6 +33,12 @@ def look_at_losses(run: Run) -> list[str]:
     alike = [name for name, teacher in run.config.all_teachers.items() if teacher.itself]
     settings = run.config.guards
     found = check_terms(run.unit, run.teachers, batch, settings.dominates, alike) if batch else {}
+    if batch is None:
+        run.report.warn(
+            f"losses: on {run.config.data.batch_size * 8} training images there is no object, neither labelled nor "
+            "detected by a teacher, so whether each loss teaches was not looked at; where images have no labels, lower "
+            "data.unlabelled.score_threshold"
+        )
     for line in tell_blind(run.unit, run.teachers, run.calibration_batches()):
         run.report.warn(line)
     found = gather_object([found])[0]  # of the main process, so that no rounding lets others train on other losses

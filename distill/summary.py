@@ -64,6 +64,8 @@ def banner_rows(
         if teacher.unknown:
             rows[title] += f"; does not know {', '.join(teacher.class_names[label] for label in teacher.unknown)}"
         terms = {loss: unit.terms[loss] for loss, by in unit.taught_by.items() if by == name}
+        if not terms and not (config.inherit and name == next(iter(teachers))):
+            rows[title] += "; no loss learns from it, it is only compared with"
         if terms:
             of = "" if len(teachers) == 1 else f" of {name}"
             rows[f"Distillation{of}"] = ", ".join(

@@ -1,8 +1,9 @@
 """A student that starts from what its teacher knows, where the two are built alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from students import Detector
 
@@ -20,10 +21,11 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
         parts: names of the student's modules, such as `neck` and `head`, or dotted, `model.backbone.fpn`.
 
     Returns:
-        For each part the parameters taken, and how many it has.
+        For each part the values taken, and how many it has; counters of batch norms are taken, and not counted.
 
     Raises:
-        ValueError: the student has no such part, nothing fits, or there are classes that the teacher does not know.
+        ValueError: the student has no such part, no weight of a part fits, or there are classes that the teacher does
+            not know.
     """
     if teacher.unknown:
         names = ", ".join(teacher.class_names[label] for label in teacher.unknown)
@@ -39,16 +41,23 @@ def inherit(student: Detector, teacher: Detector, parts: Sequence[str]) -> dict[
             theirs = teacher.get_submodule(part).state_dict()
         except AttributeError:
             theirs = {}
-        fits = 0
-        for name, tensor in module.state_dict().items():
-            found = theirs.get(name)
-            if found is not None and found.shape == tensor.shape:
-                tensor.copy_(found)
-                fits += 1 if tensor.dim() == 0 else tensor.numel()
-        taken[part] = (fits, sum(tensor.numel() for tensor in module.state_dict().values()))
-    if not any(fits for fits, _ in taken.values()):
-        raise ValueError(
-            f"inherit: nothing in {', '.join(parts)} has the teacher's shapes; give student.channels and "
-            "student.head_depth the teacher's values, or leave inherit out"
-        )
+        ours = module.state_dict()
+        fitting = {key: tensor for key, tensor in ours.items() if key in theirs and theirs[key].shape == tensor.shape}
+        # norms and biases of a network of other widths fit here and there, and are worth nothing without its weights
+        if has_weights(ours) and not has_weights(fitting):
+            raise ValueError(
+                f"inherit: no weight in {part} has the teacher's shape; give the student the teacher's widths and "
+                f"depths there, such as student.channels and student.head_depth, or leave {part} out"
+            )
+        for name, tensor in fitting.items():
+            tensor.copy_(theirs[name])
+        taken[part] = (count_values(fitting), count_values(ours))
     return taken
+
+
+def has_weights(tensors: Mapping[str, Tensor]) -> bool:
+    return any(tensor.dim() > 1 for tensor in tensors.values())
+
+
+def count_values(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())

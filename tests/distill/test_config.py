@@ -298,6 +298,7 @@ def test_a_missing_key_is_named_and_others_counted(settings):
     [
         ("a: [1, 2", ", line 1: is not valid YAML"),
         ("a: 1\nb: : 2", ", line 2: is not valid YAML"),
+        ("a:\n  b: 1\n  c: 2\n  b: 3", ", line 4: is not valid YAML (b stands here twice)"),
         ("- a\n- b", ": holds no settings; a config is a YAML mapping"),
         ("", ": holds no settings"),
     ],
