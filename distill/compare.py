@@ -79,10 +79,11 @@ class Experiment:
 
 
 def group_runs(runs: list[RunFolder]) -> list[Experiment]:
-    """Runs by their config, in the order in which they are given.
+    """Runs by their config, in the order in which they are given; a folder that is given twice is one run.
 
     A run that was given the teacher of another one among them has the same config as that one, which trained it.
     """
+    runs = list({run.path.resolve(): run for run in runs}.values())
     teachers = {run.teacher().resolve() for run in runs}
     experiments: dict[str, Experiment] = {}
     for run in runs:
