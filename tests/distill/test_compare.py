@@ -38,8 +38,8 @@ def test_of_one_seed_there_is_no_interval():
 
 def test_seeds_of_one_config_are_one_row(make_run):
     first = make_run("a0", 0.4)
-    runs = [first, RunFolder(first.path / ".." / "a0"), make_run("b", 0.45, train={"epochs": 3}), make_run("a1", 0.5, seed=1),
-            make_run("a2", 0.6, seed=2, overwrite=True, tracking=["wandb"])]  # fmt: skip
+    runs = [first, RunFolder(first.path / ".." / "a0"), make_run("b", 0.45, train={"epochs": 3}),
+            make_run("a1", 0.5, seed=1), make_run("a2", 0.6, seed=2, overwrite=True, tracking=["wandb"])]  # fmt: skip
     columns, rows = compare_table(group_runs(runs))
     assert rows == [
         ["a0, a1, a2", "3", "0.500 ± 0.248", "0.750 ± 0.000", None, "100%", "101", "1.00K", "2.0 ms"],
