@@ -53,7 +53,8 @@ class Progress:
         within: how far the epoch after these has come; None between two epochs.
         processes: that it was made on.
         left: share of the budget that the last cut left; None before the first, or where there is no budget.
-        cuts: what each cut took, blocks by name and an entry of `Pruner.explain` a group; the main process's alone.
+        cuts: what each cut took, an entry of `BlockPruner.explain` a block and of `Pruner.explain` a group, and what of
+            the budget was due and is left; the main process's alone.
         retreats: the cuts that were taken back, see `distill.pruning.guard`.
         best: epoch and AP of the best student within the budget, where one is kept.
         left_out: losses that are left out until the guard's next look.
@@ -72,12 +73,18 @@ class Progress:
     best: dict[str, Any] | None = None
     left_out: list[str] = field(default_factory=list)
 
-    def record_cut(self, plan: Plan, left: float | None, groups: list[dict[str, Any]]) -> None:
-        """Enters a cut that was made before the present epoch, what it leaves, and what each group lost."""
+    def record_cut(
+        self,
+        plan: Plan,
+        due: float | None,
+        left: float | None,
+        blocks: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
+    ) -> None:
+        """Enters a cut that was made before the present epoch: what it was to leave and leaves, and what is gone."""
         self.plans.append(plan.to_json())
         self.cut_epoch, self.left = self.epoch, left
-        blocks = [name for name, _ in plan.below("student.").blocks]
-        self.cuts.append({"epoch": self.epoch, "left": left, "blocks": blocks, "groups": groups})
+        self.cuts.append({"epoch": self.epoch, "due": due, "left": left, "blocks": blocks, "groups": groups})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":

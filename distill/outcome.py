@@ -50,7 +50,7 @@ def finish(
             after | {"latency_ms": cuts[-1]["latency_ms"]},
         )
         times = ", ".join(f"{stage['latency_ms']:.1f}" for stage in (uncut, *cuts))
-        run.report.say(f"latency uncut and after each cut: {times} ms")
+        run.report.say(f"latency uncut and after each cut, in eager mode: {times} ms")
     info = {"image_size": list(image_size), "resize": config.data.resize, "epochs": config.train.epochs}
     facts = {key: value for key, value in after.items() if key != "precision"}
     students.save(kept, run.folder.student, info | {"split": split, **facts})

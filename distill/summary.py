@@ -75,7 +75,7 @@ def banner_rows(
             )
             rows |= {f"Levels{of}": pairings} if (pairings := describe_levels(terms)) else {}
     if pruner:
-        rows["Pruning"] = f"to {pruner.target:.0%} of the {BUDGETS[pruner.budget]}, {times(pruner.epochs, 'cut')}"
+        rows["Pruning"] = f"to {pruner.target:.0%} of the {pruner.counted_in}, {times(pruner.epochs, 'cut')}"
         rows["Pruning"] += ", all but the last only set channels to 0" if pruner.soft_epochs else ""
     if config.pruning:
         rows |= _other_pruning(config.pruning)

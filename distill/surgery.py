@@ -17,7 +17,6 @@ from distill.ema import EMA
 from distill.evaluation import EvaluationResult
 from distill.guards import check_alike
 from distill.measure import share_nonzero
-from distill.pruning.cost import BUDGETS
 from distill.pruning.folding import add_offsets, measure_offsets
 from distill.pruning.masks import agree_on, set_to_zero
 from distill.pruning.pruner import agree, cut_everywhere
@@ -48,6 +47,7 @@ class Surgery:
         self.run, self.unit, self.ema, self.optimizer, self.progress = run, run.unit, ema, optimizer, progress
         self.kept: Detector = ema.module if ema else run.unit.student  # the weights that are evaluated and saved
         self._groups: list[dict[str, Any]] = []  # what the plan takes from each, on the main process
+        self._blocks: list[dict[str, Any]] = []  # and which it takes, likewise
         self._due: float | None = None  # share of the cost that the plan may leave
         if run.sparsity:
             run.sparsity.follow(run.unit, run.config.data.image_size)
@@ -69,7 +69,9 @@ class Surgery:
             with torch.compiler.set_stance("force_eager"):  # compiled parts would not leave out what is tried without
                 plan = run.blocks.plan(self.unit, epoch, run.teachers, run.calibration_batches(), step)
             blocks = agree(run.accelerator, plan)
-        self._groups, self._due = [], None
+        self._groups, self._blocks, self._due = [], [], None
+        if blocks and run.accelerator.is_main_process:
+            self._blocks = run.blocks.explain(self.unit, blocks)
         behind = again and run.pruner.is_behind(epoch, self.progress.left)
         if run.pruner and (behind or run.pruner.cuts_before(epoch)):
             unit = self.unit
@@ -118,7 +120,7 @@ class Surgery:
         # what is measured differs from process to process, what follows from it must not
         left = run.pruner.left(unit) if run.pruner and accelerator.is_main_process else None
         (left,) = broadcast_object_list([left])
-        progress.record_cut(plan, left, self._groups)
+        progress.record_cut(plan, self._due, left, self._blocks, self._groups)
         self._write_down()
         if self._due is not None and run.pruner.budget == "latency" and left > WITHIN * self._due:
             run.report.warn(
@@ -127,7 +129,7 @@ class Surgery:
             )
         what = f"; without {', '.join(name for name, _ in unit.student.plans[-1].blocks)}" if plan.blocks else ""
         if run.pruner:
-            what += f"; {left:.1%} of the {BUDGETS[run.pruner.budget]} left"
+            what += f"; {left:.1%} of the {run.pruner.counted_in} left"
             what += f", {self._due:.1%} were due" if self._due is not None else ""
         if run.config.pruning.evaluate:
             progress.within.ap_after_cut = evaluate(self.kept).ap
@@ -140,7 +142,7 @@ class Surgery:
         run, epoch = self.run, self.progress.epoch
         if run.pruner and epoch in run.pruner.soft_epochs:
             silence_channels(self._plan_channels(self.unit)[0], self.unit)
-            share = f"{1 - run.pruner.due(epoch):.1%} of the {BUDGETS[run.pruner.budget]}"
+            share = f"{1 - run.pruner.due(epoch):.1%} of the {run.pruner.counted_in}"
             run.report.say(f"before epoch {epoch + 1} channels are set to 0, {share}; they may come back")
         if run.masks and (epoch in run.masks.epochs or (was_cut and epoch > run.masks.epochs[0])):
             masks = run.masks.choose(self.unit, epoch, run.teachers, run.calibration_batches(16))
@@ -186,7 +188,7 @@ class Surgery:
         if not run.guard:
             return self.kept
         if best is None:
-            budget = f"{run.pruner.target:.1%} of the {BUDGETS[run.pruner.budget]}"
+            budget = f"{run.pruner.target:.1%} of the {run.pruner.counted_in}"
             run.report.warn(
                 f"no student came within the budget, {budget}, and over the guard's floor; the last one is saved, with "
                 f"{self.progress.left or 1.0:.1%}"

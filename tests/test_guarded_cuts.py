@@ -91,7 +91,8 @@ def test_blocks_and_masks_of_a_cut_go_back_with_it(start, settings, tmp_path, mo
     assert "without backbone.body.layer1.0" in said and said.count("masks before epoch 2: ") == 2
     content = json.loads((tmp_path / "run" / "pruning.json").read_text())
     # half of one block is none; it goes when the rest is tried
-    assert [(cut["epoch"], cut["blocks"]) for cut in content["cuts"]] == [(1, []), (2, ["backbone.body.layer1.0"])]
+    none, (block,) = (cut["blocks"] for cut in content["cuts"])
+    assert none == [] and block["name"] == "backbone.body.layer1.0" and block["macs_saved"] > 0
     found = rows(tmp_path / "run")
     assert [float(row["nonzero"] or 1) < 0.6 for row in found] == [False, True, True]
     student = students.load(tmp_path / "run" / "student")

@@ -233,6 +233,6 @@ class Course:
 
 def _without(group: GroupCourse, cut: dict[str, Any]) -> GroupCourse:
     """A group once the blocks of a cut are gone, and their layers with them."""
-    gone = tuple(f"{block}." for block in cut["blocks"])
+    gone = tuple(f"{block['name']}." for block in cut["blocks"])
     left = tuple(layer for layer in group.layers if not layer.startswith(gone))
     return replace(group, layers=left) if left else replace(group, widths=(*group.widths, (cut["epoch"], 0)))

@@ -149,9 +149,13 @@ def _pruning(course: Course) -> str:
         ]
         table = _table(("cut", "would have left", "judged after epoch", "why"), back)
         text += f'<h2>Cuts taken back</h2>\n<div class="scroll">{table}</div>\n'
-    blocks = [[f"{cut['epoch'] + 1}", ", ".join(cut["blocks"])] for cut in course.pruning["cuts"] if cut["blocks"]]
+    blocks = [
+        [f"{cut['epoch'] + 1}", block["name"], f"{block['importance']:.3g}", human_macs(block["macs_saved"])]
+        for cut in course.pruning["cuts"]
+        for block in cut["blocks"]
+    ]
     if blocks:
-        table = _table(("before epoch", "residual branches"), blocks)
+        table = _table(("before epoch", "residual branch", "importance", "MACs saved"), blocks)
         text += f'<h2>Blocks that are gone</h2>\n<div class="scroll groups">{table}</div>\n'
     if whole := course.pruning.get("whole"):
         whole = _table(("layer", "why it stays whole"), [list(pair) for pair in whole.items()])

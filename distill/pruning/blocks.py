@@ -4,13 +4,15 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from statistics import fmean as mean
+from typing import Any
 
 import torch
 
 from distill.data import Batch
 from distill.distiller import Distiller
 from distill.errors import UserError
-from distill.measure import eval_mode
+from distill.measure import count_macs, eval_mode
 from distill.pruning.residual import Block, find_blocks, without
 from distill.pruning.saliency import measure_saliency, trained_loss
 from students import Plan
@@ -44,6 +46,7 @@ class BlockPruner:
         self.image_size, self.count, self.epochs = image_size, count, sorted(set(epochs))
         self.importance, self.keep = importance, tuple(keep)
         self.may_go: dict[str, bool] = {}
+        self._harm: dict[str, float] = {}  # of the last plan's blocks
 
     def check(self, unit: Distiller) -> None:
         """Looks at the student before anything is taken from it.
@@ -95,11 +98,23 @@ class BlockPruner:
             saliency = measure_saliency(unit, (), batches, lambda batch: trained_loss(unit, teachers, batch))
             sums = {name: float(value.sum()) for name, value in saliency.items()}
             harm = {b: sum(v for name, v in sums.items() if name.startswith(f"student.{b.name}.")) for b in blocks}
-            chosen = sorted(blocks, key=harm.__getitem__)[:due]
+            harm = {block: harm[block] for block in sorted(blocks, key=harm.__getitem__)[:due]}
         else:
-            chosen = _least_missed(unit, blocks, due, teachers, list(batches))
+            harm = _least_missed(unit, blocks, due, teachers, list(batches))
+        chosen, self._harm = list(harm), {block.name: value for block, value in harm.items()}
         plan = without(chosen)
         return Plan((), blocks=tuple((f"student.{name}", stays) for name, stays in plan.blocks))
+
+    def explain(self, unit: Distiller, plan: Plan) -> list[dict[str, Any]]:
+        """What a plan's blocks are, before they go: `name`, `importance` and, each once those before it are gone,
+        `macs_saved`."""
+        trial, entries = copy.deepcopy(unit.student), []
+        for block in plan.below("student.").blocks:
+            before = count_macs(trial, self.image_size)
+            apply_plan([(trial, Plan((), blocks=(block,)))])
+            saved = before - count_macs(trial, self.image_size)
+            entries.append({"name": block[0], "importance": self._harm[block[0]], "macs_saved": saved})
+        return entries
 
     def _stays(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
@@ -108,18 +123,21 @@ class BlockPruner:
 @torch.no_grad()
 def _least_missed(
     unit: Distiller, blocks: list[Block], count: int, teachers: Mapping[str, Teacher], batches: list[Batch]
-) -> list[Block]:
-    """One after the other the block without which the loss is lowest, those before it gone already."""
+) -> dict[Block, float]:
+    """One after the other the block without which the loss is lowest, those before it gone already; and by how much it
+    then rises, the mean over batches."""
     lessons = [unit.ask(teachers, batch.images, batch.targets) for batch in batches]
 
     def loss_without(gone: list[Block]) -> float:
         trial = copy.deepcopy(unit)
         apply_plan([(trial.student, without(gone))])
         with eval_mode(trial):
-            return sum(float(trial(b.images, b.targets, lesson)[0]) for b, lesson in zip(batches, lessons))
+            return mean(float(trial(b.images, b.targets, lesson)[0]) for b, lesson in zip(batches, lessons))
 
-    chosen: list[Block] = []
-    while len(chosen) < count:
-        losses = {block: loss_without([*chosen, block]) for block in blocks if block not in chosen}
-        chosen.append(min(losses, key=losses.__getitem__))
-    return chosen
+    harm: dict[Block, float] = {}
+    before = loss_without([])
+    while len(harm) < count:
+        losses = {block: loss_without([*harm, block]) for block in blocks if block not in harm}
+        least = min(losses, key=losses.__getitem__)
+        harm[least], before = losses[least] - before, losses[least]
+    return harm

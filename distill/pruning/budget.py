@@ -10,6 +10,7 @@ from distill.pruning.graph import ChannelGroup
 from students import Plan
 
 CLOSE = 0.98  # share of a budget that counts as having met it
+EXCHANGES = 4  # groups that are tried to get steps back for others
 
 
 def keep_counts(
@@ -57,7 +58,8 @@ def meet_budget(
     """The mildest plan that leaves at most a budget, found by bisection.
 
     One threshold on the scores holds for all groups; but of those that lose channels at the last step of the threshold,
-    only as many do as it takes. Where the budget is still not met closely, other groups get steps back, too.
+    only as many do as it takes. Where the budget is still not met closely, other groups get steps back, too, and at
+    last steps are exchanged: where those that one group gets back are too many, another loses what fits.
 
     Args:
         groups: all groups.
@@ -102,7 +104,7 @@ def meet_budget(
         if best[1] >= CLOSE * budget:
             narrowed = [g for g in narrowed if counts[g] < milder[g]]
         if not narrowed:
-            return best
+            break
         g = max(narrowed, key=lambda g: float(ordered[g][groups[g].width - counts[g] - 1]))
         wider = min((counts[g] // steps[g] + 1) * steps[g], groups[g].width)
         tried = attempt([*counts[:g], wider, *counts[g + 1 :]])
@@ -110,6 +112,25 @@ def meet_budget(
             best, counts[g] = tried, wider
         else:
             refused.add(g)
+
+    def at_risk(g: int, count: int) -> float:
+        """The highest score that a group loses at a width."""
+        return float(ordered[g][groups[g].width - count - 1])
+
+    cut = [g for g in range(len(groups)) if counts[g] < min(groups[g].width, caps[g])]
+    for g in sorted(cut, key=lambda g: at_risk(g, counts[g]), reverse=True)[:EXCHANGES]:
+        wider = min((counts[g] // steps[g] + 1) * steps[g], caps[g])
+        narrower = {h: (math.ceil(counts[h] / steps[h]) - 1) * steps[h] for h in range(len(groups)) if h != g}
+        fitting = [h for h, count in narrower.items() if count >= max(floors[h], 1)]
+        before = counts
+        for h in sorted(fitting, key=lambda h: at_risk(h, narrower[h])):
+            if best[1] >= CLOSE * budget:
+                return best
+            changed = [{g: wider, h: narrower[h]}.get(i, count) for i, count in enumerate(before)]
+            tried = attempt(changed)
+            if best[1] < tried[1] <= budget:
+                best, counts = tried, changed
+    return best
 
 
 def meet_measured(

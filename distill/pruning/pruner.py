@@ -212,6 +212,11 @@ class Pruner:
             self._traced = (shapes, trace_channels(unit, self.image_size))
         return self._traced[1]
 
+    @property
+    def counted_in(self) -> str:
+        """The budget in words."""
+        return BUDGETS[self.budget] + (" in ONNX Runtime" if self._stopwatch and self.runtime == "onnx" else "")
+
     def cuts_before(self, epoch: int) -> bool:
         """Whether channels are to be cut then, not only set to 0."""
         return epoch in self.epochs and epoch not in self.soft_epochs
@@ -259,12 +264,21 @@ class Pruner:
 
     def _scores(self, unit: Distiller, groups: list[ChannelGroup], evidence: Evidence | None) -> list[Tensor]:
         tensors = named_tensors(unit)
-        try:
-            if self.greedy:
-                return [score_greedily(self.importance, group, tensors, group.step(self.round_to)) for group in groups]
-            return [self.importance.score(group, tensors, evidence) for group in groups]
-        except ValueError as error:
-            raise UserError(f"pruning.importance: {error}") from error
+
+        def score(group: ChannelGroup) -> Tensor:
+            try:
+                if self.greedy:
+                    return score_greedily(self.importance, group, tensors, group.step(self.round_to))
+                return self.importance.score(group, tensors, evidence)
+            except ValueError as error:
+                if self.limits.keeps(group):  # whatever it is worth
+                    return torch.zeros(group.width)
+                raise UserError(
+                    f"pruning.importance: {str(error).replace('student.', '')}, or leave it as wide as it is by a "
+                    "pattern in pruning.keep"
+                ) from error
+
+        return [score(group) for group in groups]
 
     def _least(self, unit: Distiller, groups: list[ChannelGroup]) -> float:
         """The cost when every group is cut as far as may be; which channels they lose does not matter."""

@@ -122,7 +122,8 @@ def test_nothing_to_show(tmp_path):
 def test_layers_of_blocks_leave_their_groups(run):
     groups = [{"layers": ["stem", "b.0.conv2", "b.1.conv2"], "width": 8}, {"layers": ["b.0.conv1"], "width": 4}]
     lost = {"layers": ["stem", "b.1.conv2"], "before": 8, "after": 6, "kept": 2.0, "removed": 1.0, "macs_saved": 9}
-    cuts = [{"epoch": 2, "left": 0.8, "blocks": ["b.0"], "groups": [lost]}]
+    block = {"name": "b.0", "importance": 0.1, "macs_saved": 9}
+    cuts = [{"epoch": 2, "left": 0.8, "blocks": [block], "groups": [lost]}]
     run.write_pruning({"groups": groups, "cuts": cuts, "retreats": []})
     course = Course.read(run)
     assert [(group.layers, group.widths) for group in course.groups] == [

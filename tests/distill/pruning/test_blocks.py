@@ -173,6 +173,17 @@ def test_the_block_that_is_missed_least_goes_first(build_tiny, batch):
             assert wanted != "backbone.body.layer4.1"
         else:
             assert plan.blocks == (("student.backbone.body.layer2.1", "act2"),)
+        (entry,) = pruner.explain(unit, plan)
+        assert f"student.{entry['name']}" == plan.blocks[0][0]
+        if importance == "loss":
+            with torch.no_grad():
+                student = copy.deepcopy(unit.student).eval()
+                uncut = sum(student.loss(student(batch.images), batch.targets).values())
+            rise = _losses(unit, batch)[entry["name"]] - float(uncut)
+            assert entry["importance"] == pytest.approx(rise, abs=1e-4)
+        trial = copy.deepcopy(unit)
+        apply_plan([(trial, plan)])
+        assert entry["macs_saved"] == count_macs(unit.student, SIZE) - count_macs(trial.student, SIZE) > 0
     assert all(map(torch.equal, unit.parameters(), before))
 
 

@@ -134,6 +134,8 @@ def test_steps_go_back_to_the_most_valuable_first():
     # ranks apart: a threshold takes all but one of a at once; giving it back is too dear, b and c get nothing above it
     apart = [torch.tensor([1.0, 1, 1, 9]), torch.tensor([2.0, 3, 4, 5]), torch.tensor([6.0, 7, 8, 9])]
     assert counts(apart, 15) == ([1, 4, 4], 15)
+    # with one of a given back 18 are left; one of b less leaves 16, which is not close, one of c 17
+    assert counts(apart, 17) == ([2, 4, 3], 17)
     # caps hold where the budget leaves room
     assert counts(tied, 24, caps=(4, 2, 4)) == ([4, 2, 4], 20)
 

@@ -216,8 +216,19 @@ def test_patterns_and_importances_that_do_not_fit_are_told(build_unit, build_tin
         pruner_for(unit, keep=["backbone.stages.0.*"])
     for norm in [m for m in unit.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
         norm.running_mean, norm.running_var = None, None
-    with pytest.raises(UserError, match=r"^pruning.importance: no batch norm follows student\S+, so it has no scale"):
+    told = r"^pruning.importance: no batch norm follows (backbone|neck|head)\S+, so it has no scale .* in pruning.keep$"
+    with pytest.raises(UserError, match=told):
         pruner_for(unit, importance="bn_scale")
+
+
+def test_what_is_kept_needs_nothing_to_go_by(build_unit):
+    unit = build_unit()
+    for norm in [m for m in unit.student.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
+        norm.running_mean, norm.running_var = None, None
+    with pytest.raises(UserError, match=r"^pruning\.importance: no batch norm follows backbone"):
+        pruner_for(unit, importance="bn_scale")
+    plan = pruner_for(unit, importance="bn_scale", keep=["backbone.*"], target=0.97).plan(unit, 3)
+    assert plan and not any("backbone" in name for cut in plan.cuts for name, dim in cut.slices if dim == 0)
 
 
 @pytest.mark.parametrize("backbone", ["regnety_002", "ghostnet_100", "cspresnet50"])
