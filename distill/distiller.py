@@ -12,7 +12,7 @@ from distill.combiner import Combiner
 from distill.data import ImageMeta
 from distill.terms import KnowledgeTerm, decoded
 from students import DenseOutput, Detector, of_images
-from teachers import PRECISIONS, FeatureOutput, Teacher, hide_classes, label_images, wait_for
+from teachers import PRECISIONS, FeatureOutput, Teacher, label_images, wait_for
 
 Targets = Sequence[dict[str, Tensor] | None]  # as in `Batch.targets`: those of unlabelled images are None and come last
 
@@ -136,7 +136,7 @@ class Distiller(nn.Module):
             value, weight = None, self.combiner.weight(name)
             if weight:
                 lesson = lessons[self.taught_by[name]]
-                judged = hide_classes(output, lesson.unknown, self.student.anchors)
+                judged = self.student.hide_classes(output, lesson.unknown)
                 value = term(judged, lesson.output, lesson.targets, image_size)
             if value is not None and self.skip_bad and not (weight * value).isfinite():
                 self.skipped[name] += 1

@@ -34,6 +34,8 @@ class DenseDetector(Detector):
         ValueError: settings that cannot be met, each named.
     """
 
+    separate_classes = True
+
     def __init__(
         self,
         class_names: list[str],

@@ -7,6 +7,7 @@ any detector teach any other, and what lets one pruner trace, cut and rebuild al
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -97,6 +98,8 @@ class Detector(nn.Module, ABC):
         box_bins: length of the distributions in `DenseOutput.box_logits`; 0 where there are none.
         only_backbone: whether its first weights are those of its backbone alone, so that it detects nothing yet.
         unknown: labels that it never gives, as it has learnt other classes; see `teachers.speak`.
+        separate_classes: whether its loss says of each class by itself where it is and is not, so that some can be left
+            out of it, see `hide_classes`; not so where it tells objects from background first, or in one softmax.
         settled: arguments that were left to the family, such as what follows from the first weights; they go into the
             recipe, since a saved detector is rebuilt without those.
         notes: what a user should be told about how it was built.
@@ -114,6 +117,7 @@ class Detector(nn.Module, ABC):
     box_bins: int = 0
     only_backbone: bool = False
     unknown: tuple[int, ...] = ()
+    separate_classes: bool = False
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()
 
@@ -161,6 +165,19 @@ class Detector(nn.Module, ABC):
         for layer in self.class_layers:
             replace_rows(layer, len(self.class_names), len(rows), known, [rows[label] for label in known])
         self._enter_classes(class_names, rows)
+
+    def hide_classes(self, output: DenseOutput, labels: tuple[int, ...]) -> DenseOutput:
+        """An output whose scores of some classes are fixed at 0, so that a teacher who does not know them neither
+        teaches them nor is missed there. A detector that says nothing of classes at locations gives it back as it is.
+
+        Args:
+            output: of this detector.
+            labels: the classes to hide.
+        """
+        if not labels or "class_logits" not in output._fields:
+            return output
+        hidden = channels_of(labels, self.anchors, output.class_logits[0].shape[1], output.class_logits[0].device)
+        return output._replace(class_logits=tuple(x.masked_fill(hidden, IMPOSSIBLE) for x in output.class_logits))
 
     def _enter_classes(self, class_names: Sequence[str], rows: Sequence[int | None], **others: Any) -> None:
         self.unknown = tuple(label for label, row in enumerate(rows) if row is None)
@@ -291,3 +308,12 @@ def replace_rows(
     new_weight[:, to], new_bias[:, to] = weight[:, of], bias[:, of]
     layer.weight, layer.bias = nn.Parameter(new_weight.flatten(0, 2)), nn.Parameter(new_bias.flatten())
     setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(layer.bias))
+
+
+@lru_cache(maxsize=16)
+def channels_of(labels: tuple[int, ...], anchors: int, channels: int, device: torch.device) -> Tensor:
+    """(1, A*K, 1, 1) bool, True at every channel of one of the labels."""
+    with torch.inference_mode(False):  # a cached tensor made in inference mode could not be used in training
+        mask = torch.zeros(anchors, channels // anchors, dtype=torch.bool)
+        mask[:, list(labels)] = True
+        return mask.view(1, -1, 1, 1).to(device)

@@ -1,7 +1,7 @@
 """Teachers: detectors that are frozen and only asked."""
 
 from teachers.cache import CacheError, TeacherCache
-from teachers.classes import hide_classes, speak
+from teachers.classes import speak
 from teachers.features import FeatureOutput, FeatureTeacher
 from teachers.frozen import PRECISIONS, Teacher, freeze, wait_for
 from teachers.inherit import inherit
@@ -17,7 +17,6 @@ __all__ = [
     "Teacher",
     "TeacherCache",
     "freeze",
-    "hide_classes",
     "inherit",
     "label_images",
     "speak",

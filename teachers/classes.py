@@ -2,12 +2,8 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-from students import IMPOSSIBLE, DenseOutput, Detector
+from students import Detector
 
 
 def speak(detector: Detector, class_names: Sequence[str], class_map: Mapping[str, str | None] | None = None) -> None:
@@ -50,30 +46,6 @@ def speak(detector: Detector, class_names: Sequence[str], class_map: Mapping[str
         detector.arrange_classes(class_names, rows)
     except ValueError as error:
         raise ValueError(f"class_map: {error}; its own are {', '.join(own)}") from None
-
-
-def hide_classes(output: DenseOutput, labels: tuple[int, ...], anchors: int) -> DenseOutput:
-    """A student's output whose scores of some classes are fixed at 0, so that a teacher who does not know them neither
-    teaches them nor is missed there.
-
-    Args:
-        output: of a detector with the teacher's labels.
-        labels: the classes to hide.
-        anchors: predictions that the detector makes at each location.
-    """
-    if not labels or "class_logits" not in output._fields:  # a two-stage detector says nothing of classes at locations
-        return output
-    hidden = _channels(labels, anchors, output.class_logits[0].shape[1], output.class_logits[0].device)
-    return output._replace(class_logits=tuple(x.masked_fill(hidden, IMPOSSIBLE) for x in output.class_logits))
-
-
-@lru_cache(maxsize=16)
-def _channels(labels: tuple[int, ...], anchors: int, channels: int, device: torch.device) -> Tensor:
-    """(1, A*K, 1, 1) bool, True at every channel of one of the labels."""
-    with torch.inference_mode(False):  # a cached tensor made in inference mode could not be used in training
-        mask = torch.zeros(anchors, channels // anchors, dtype=torch.bool)
-        mask[:, list(labels)] = True
-        return mask.view(1, -1, 1, 1).to(device)
 
 
 def _nearest(name: str, allowed: Sequence[str]) -> str:

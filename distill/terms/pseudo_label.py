@@ -26,7 +26,7 @@ class PseudoLabelTerm(KnowledgeTerm):
         score_threshold: lower detections are left out.
 
     Raises:
-        ValueError: `levels` are given.
+        ValueError: `levels` are given; or the teacher does not know all classes, and the student cannot leave them out.
     """
 
     uses_classes = True
@@ -42,6 +42,13 @@ class PseudoLabelTerm(KnowledgeTerm):
         self.pairing = ""
         if levels is not None:
             raise ValueError("levels: detections belong to no level; leave it out")
+        if teacher.unknown and not student.separate_classes:
+            names = ", ".join(teacher.class_names[label] for label in teacher.unknown)
+            raise ValueError(
+                f"name: pseudo_label would teach {student.title}, which tells objects from background before it tells "
+                f"classes, that {names} are background, as the teacher does not know them; learn from its maps, such "
+                "as by fgd, or from a teacher that knows them"
+            )
         self.score_threshold = score_threshold
         self.bind(student, teacher)
 

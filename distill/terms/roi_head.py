@@ -8,14 +8,15 @@ from torch import Tensor
 
 from distill.terms.base import KnowledgeTerm, Targets
 from losses import bounded_regression, class_deltas, dist, dkd, roi_classification, roi_regression
-from students import Detector, TwoStageDetector, TwoStageOutput
+from students import Detector, RoiOutput, TwoStageDetector, TwoStageOutput
 
 
 class RoiKDTerm(KnowledgeTerm):
     """Class scores and boxes of two ROI heads (Chen 2017, NIPS), each on its own detector's features.
 
     The boxes are the student's proposals, sampled against the ground truth as for its own loss (once more: it is
-    another sample). The background is one of the classes. Only what is no background has a box to learn.
+    another sample). The background is one of the classes. Only what is no background has a box to learn. Classes that
+    the teacher does not know are left out on both sides, and proposals on their objects with them.
 
     Args:
         student: a two-stage detector.
@@ -82,18 +83,31 @@ class RoiKDTerm(KnowledgeTerm):
         ours = learner.roi(student.features, samples.boxes)
         with torch.no_grad():
             theirs = expert.roi(teacher.features, samples.boxes)
-        logits = ours.class_logits, theirs.class_logits
+        labels, wanted = samples.labels, samples.box_deltas
+        if expert.unknown:
+            known = _known(labels, expert.unknown)
+            labels, wanted = labels[known], wanted[known]
+            ours, theirs = (RoiOutput(said.class_logits[known], said.box_deltas[known]) for said in (ours, theirs))
+        logits, numbers = (ours.class_logits, theirs.class_logits), labels
+        if expert.unknown:
+            columns = torch.arange(logits[0].shape[1], device=labels.device)
+            columns = columns[_known(columns, expert.unknown)]
+            logits, numbers = [one[:, columns] for one in logits], torch.searchsorted(columns, labels)
         if self.classes == "dkd":
-            loss = dkd(*logits, samples.labels, self.alpha, self.beta, self.temperature)
+            loss = dkd(*logits, numbers, self.alpha, self.beta, self.temperature)
         else:
             loss = {"kl": roi_classification, "dist": dist}[self.classes](*logits, self.temperature)
         loss = self.class_weight * loss
         if self.boxes == "none":
             return loss
-        foreground = samples.labels < len(learner.class_names)
-        deltas, wanted = (class_deltas(output.box_deltas, samples.labels) for output in (ours, theirs))
+        foreground = labels < len(learner.class_names)
+        deltas, shown = (class_deltas(output.box_deltas, labels) for output in (ours, theirs))
         if self.boxes == "bounded":
-            box_loss = bounded_regression(deltas, wanted, samples.box_deltas, foreground, self.margin)
+            box_loss = bounded_regression(deltas, shown, wanted, foreground, self.margin)
         else:
-            box_loss = roi_regression(deltas, wanted, foreground)
+            box_loss = roi_regression(deltas, shown, foreground)
         return loss + self.box_weight * box_loss
+
+
+def _known(labels: Tensor, unknown: tuple[int, ...]) -> Tensor:
+    return ~torch.isin(labels, torch.tensor(unknown, device=labels.device))

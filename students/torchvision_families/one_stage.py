@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from students.detector import Detections, Limits
+from students.detector import IMPOSSIBLE, Detections, Limits, channels_of
 from students.locations import grid_locations, map_shapes, to_boxes
 from students.torchvision_families.backbone import pyramid_channels
 from students.torchvision_families.base import TorchvisionDetector, grid_anchors
@@ -91,6 +91,15 @@ class OneStageDetector(TorchvisionDetector):
         most = model.topk_candidates * len(self.strides)
         return Limits(model.score_thresh, model.nms_thresh, most, model.detections_per_img)
 
+    def hide_classes(self, output: AnchorOutput, labels: tuple[int, ...]) -> AnchorOutput:
+        """See `Detector.hide_classes`; what the loss reads is hidden, too, unless the head ends in a softmax."""
+        output = super().hide_classes(output, labels)
+        if not labels or not self.separate_classes:
+            return output
+        of_head, channels = tuple(self.class_channels[list(labels)].tolist()), output.raw_logits[0].shape[1]
+        hidden = channels_of(of_head, channels // self.head_classes, channels, output.raw_logits[0].device)
+        return output._replace(raw_logits=tuple(x.masked_fill(hidden, IMPOSSIBLE) for x in output.raw_logits))
+
     def traced(self, output: AnchorOutput, num_boxes: int | None = None) -> list[Tensor]:
         return [*output.features, *output.raw_logits, *output.raw_boxes, *output.centerness]
 
@@ -164,7 +173,9 @@ class OneStageDetector(TorchvisionDetector):
 
 
 class PyramidDetector(OneStageDetector):
-    """A one-stage detector on a pyramid with the levels P3 to P7."""
+    """A one-stage detector on a pyramid with the levels P3 to P7, with a sigmoid a class."""
+
+    separate_classes = True
 
     def make_anchors(self, features, image_size):
         return grid_anchors(self.model.anchor_generator, features, image_size)

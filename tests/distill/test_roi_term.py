@@ -88,6 +88,27 @@ def test_values(settings, value):
         assert not student.deltas.grad[1].any()  # background has no box
 
 
+@pytest.mark.parametrize("classes", ["kl", "dkd"])
+def test_classes_that_the_teacher_does_not_know_are_left_out(classes):
+    # classes a and b, of which the teacher knows a; of a proposal on an a and one on a b the first counts, without b
+    student = Scripted([[0.0, 5.0, 0.0], [1.0, 2.0, 3.0]], [[1.0, 0, 0, 0] * 2, [9.0, 9, 9, 9] * 2])
+    teacher = Scripted([[math.log(3), -1e4, 0.0], [0.0, -1e4, 0.0]], [[0.5, 0, 0, 0] * 2, [0.0] * 8])
+    student.class_names = teacher.class_names = ["a", "b"]
+    teacher.unknown = (1,)
+    loss = run({"classes": classes, "boxes": "smooth_l1"}, student, teacher)
+    assert loss.item() == pytest.approx(KL + 0.5 * 0.5 * 0.5**2 / 4, rel=1e-5)
+    loss.backward()
+    assert not student.logits.grad[1].any() and not student.logits.grad[:, 1].any() and student.logits.grad[0, 0]
+
+
+def test_one_softmax_learns_no_pseudo_labels_of_a_teacher_with_other_classes(build_two_stage, build_tiny):
+    teacher = build_tiny()
+    teacher.unknown = (1,)
+    with pytest.raises(ValueError, match=r"pseudo_label would teach faster_rcnn resnet18, .* that b are background"):
+        PseudoLabelTerm(build_two_stage(), teacher)
+    PseudoLabelTerm(build_tiny(), teacher)
+
+
 def test_relations_are_those_of_proposals_and_classes():
     # the teacher says (3/4, 1/4) and (1/2, 1/2); the student (1/2, 1/2) and (3/4, 1/4)
     student, teacher = Scripted(TEACHER[0][::-1], STUDENT[1]), Scripted(*TEACHER)

@@ -4,7 +4,7 @@ from torch import nn
 
 import students
 from students import DenseOutput
-from teachers import hide_classes, speak
+from teachers import speak
 
 
 @pytest.fixture
@@ -72,11 +72,22 @@ def test_maps_that_make_no_sense_are_refused(sure, monkeypatch):
         speak(sure, ["a"])
 
 
-def test_hidden_classes_are_impossible_and_learn_nothing():
+def test_hidden_classes_are_impossible_and_learn_nothing(sure):
+    sure.anchors = 2
     logits = torch.zeros(1, 4, 1, 1, requires_grad=True)  # two anchors, two classes
     output = DenseOutput((), (logits,), ())
-    assert hide_classes(output, (), 2) is output
-    hidden = hide_classes(output, (1,), 2).class_logits[0]
+    assert sure.hide_classes(output, ()) is output
+    hidden = sure.hide_classes(output, (1,)).class_logits[0]
     assert hidden.flatten().tolist() == [0, -1e4, 0, -1e4]
     hidden.sum().backward()
     assert logits.grad.flatten().tolist() == [1, 0, 1, 0]
+
+
+def test_what_torchvisions_losses_read_is_hidden_too():
+    student = students.build(name="fcos", class_names=["a", "b"], backbone="resnet18", channels=32).train()
+    images = torch.rand(2, 3, 160, 160)
+    output = student.hide_classes(student(images), (0,))
+    target = {"boxes": torch.tensor([[20.0, 20, 90, 90]]), "labels": torch.tensor([1])}
+    student.loss(output, [target] * 2)["classification"].backward()
+    (layer,) = student.class_layers
+    assert not layer.weight.grad[student.class_channels[0]].any() and layer.weight.grad[student.class_channels[1]].any()
