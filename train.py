@@ -85,10 +85,7 @@ def main() -> int:
             run = RunFolder.open(args.resume)
             # the folder may have been moved since it was written
             settings = override(run.config, [*changes, f"output_dir={args.resume}"])
-            config = check_config(settings, str(run.config_file))
-            if changes:
-                run.save_config(config.model_dump(mode="json"))
-            train(config, resume=True)
+            train(check_config(settings, str(run.config_file)), resume=True)
         elif args.config:
             train(load_config(args.config, args.overrides), dry_run=args.dry_run)
         else:
@@ -240,6 +237,7 @@ def fit(run: Run) -> bool:
         report.say(f"resumed: {progress.epoch} of {epochs} epochs are done{within}")
     unit.combiner.left_out = frozenset(progress.left_out)
     if accelerator.is_main_process:
+        run.folder.save_config(config.model_dump(mode="json"))  # a change that the checkpoint fits, no other
         run.folder.truncate_results(before_epoch=progress.epoch + 1)  # rows whose checkpoint was never written
 
     surgery = Surgery(run, ema, optimizer, progress)
@@ -322,6 +320,7 @@ def fit(run: Run) -> bool:
         log_results(accelerator, row)
         album.update(kept)
 
+    faculty.check()
     kept = surgery.result()
     before = progress.before if len(kept.plans) > earlier else None
     finish(run, kept, evaluate_test, before, earlier, faculty.compared)

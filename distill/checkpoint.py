@@ -197,7 +197,10 @@ def load_checkpoint(
             ema.module.load_state_dict(state["ema"]["module"])
             ema.updates = state["ema"]["updates"]
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"resume: {path} does not fit this run's config.yaml ({_first_line(error)})") from error
+        raise UserError(
+            f"resume: {path} does not fit these settings ({_first_line(error)}); student, balance and the losses' "
+            "names and adapters stay as they were when it was made, and a loss is left out by losses.NAME.weight=0"
+        ) from error
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress, refused

@@ -182,11 +182,12 @@ def check_losses(unit: Distiller, accelerator: Accelerator, seen: Iterable[tuple
     if accelerator.is_main_process:
         _write_failure(file, losses, step, unit, images)
     folder = RunFolder(file.parent).outermost
-    way_out = "lower train.optimizer.lr" if losses[0] == "task" else f"lower losses.{losses[0]}.weight, or leave it out"
+    way_out = "lower train.optimizer.lr" if losses[0] == "task" else f"lower losses.{losses[0]}.weight; 0 leaves it out"
     what = f"losses: {', '.join(losses)}"
     if losses == [GRADIENT]:
         what = "losses: all were numbers, but the gradient"
-        way_out = f"lower train.optimizer.lr, or leave out one of {', '.join(unit.terms) or 'them'}"
+        way_out = "lower train.optimizer.lr"
+        way_out += f", or leave out a loss, such as losses.{next(iter(unit.terms))}.weight=0" if unit.terms else ""
     raise UserError(
         f"{what} became NaN or infinite in step {step + 1} (epoch {int(unit.combiner.epoch) + 1}) "
         f"on {', '.join(images)}, see {file}; {way_out}: train.py --resume {folder} key=value goes on from the "

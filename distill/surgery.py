@@ -69,6 +69,8 @@ class Surgery:
             with torch.compiler.set_stance("force_eager"):  # compiled parts would not leave out what is tried without
                 plan = run.blocks.plan(self.unit, epoch, run.teachers, run.calibration_batches(), step)
             blocks = agree(run.accelerator, plan)
+            if not blocks and step < 1:
+                run.report.say(f"no block goes before epoch {epoch + 1}: {step:g} of what was due is less than one")
         self._groups, self._blocks, self._due = [], [], None
         if blocks and run.accelerator.is_main_process:
             self._blocks = run.blocks.explain(self.unit, blocks)
@@ -122,7 +124,7 @@ class Surgery:
         (left,) = broadcast_object_list([left])
         progress.record_cut(plan, self._due, left, self._blocks, self._groups)
         self._write_down()
-        if self._due is not None and run.pruner.budget == "latency" and left > WITHIN * self._due:
+        if self._due is not None and run.pruner.budget == "latency" and abs(left / self._due - 1) > WITHIN - 1:
             run.report.warn(
                 f"pruning.budget: measured again after the cut, {left:.1%} of the latency are left where "
                 f"{self._due:.1%} were due; timings scatter here: give the machine to it alone, or budget MACs"

@@ -138,7 +138,7 @@ def load(folder: str | Path) -> Detector:
         detector = rebuild(content["recipe"], _read_plans(folder))
         detector.info = content["info"]
         detector.load_state_dict(_load_tensors(folder / WEIGHTS))
-    except (KeyError, IndexError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         # torch's own first line says only that something is wrong
         lines = [line.strip() for line in str(error).strip().splitlines()]
         reason = textwrap.shorten(" ".join(lines[1:3] or lines), 300, placeholder=" ...")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import pytest
@@ -70,9 +71,11 @@ def test_a_loss_that_dominates_stops_the_run_or_stays_left_out(start, interrupt,
     settings |= {"pruning": None, "train": {"epochs": 3}, "guards": {"every": 2, "dominating_term": "stop"}}
     said = "losses.loud: its gradient is 500 times the task's, more than guards.dominates, 100; "
     said += "lower its weight below 2e+02"
-    assert start("stopped") == 2
-    captured = capsys.readouterr()
-    assert captured.err == f"error: {said}; guards.dominating_term=warn goes on\n"
+    assert start("refused") == 2
+    assert "losses.loud.weight: found 1000; with balance: gradient that is how many" in capsys.readouterr().err
+    assert start("stopped", str(tmp_path / "refused.yaml"), "balance=none", "losses.loud.weight=1e6") == 2
+    told = r"error: losses\.loud: its gradient is \S+ times the task's, .* guards\.dominating_term=warn goes on\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
     settings["guards"]["dominating_term"] = "skip"
     interrupt(2, while_distilling=True)
     with pytest.raises(Interrupted):

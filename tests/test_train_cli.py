@@ -278,7 +278,7 @@ def test_the_banner_says_which_levels_meet(run):
     # seen at twice the size, the teacher's strides of 8, 16 and 32 are 4, 8 and 16 of the student's pixels
     _, out, _ = run("--dry-run", "teacher.image_size=128", "losses.boxes={name: pseudo_label}")
     assert "(trained first, sees 128x128 px)" in out
-    assert "Levels         box, soft_label: P3, P4 by stride\n" in out
+    assert "Levels         box, soft_label: P3, P4 by stride; P5 without a partner\n" in out
     last = "feature_mimic, fpn_attention: P3, P4 by stride; P5 from the teacher's P4, interpolated\n"
     assert f"\n{15 * ' '}{last}" in out
 

@@ -30,6 +30,7 @@ def build_teachers(config: Config, class_names: list[str], student: Detector) ->
             detector = build_feature_teacher(teacher, config.data, key)
         elif teacher.path is not None:
             detector = load_detector(teacher.path, key, class_names, teacher.class_map)
+            check_image_size(detector, teacher.image_size or config.data.image_size, key)
         else:
             image_size = teacher.image_size or config.data.image_size
             if teacher.trained_first:

@@ -75,6 +75,8 @@ class Masks:
                 f"kind: {self.kind} goes by {self.pattern[1]} inputs at a time, and {odd[0]} has {wide} ({len(odd)} of "
                 f"{len(layers)} layers do not divide); leave them whole with indivisible: skip, or name them in keep"
             )
+        if not layers:
+            raise ValueError("keep: its patterns hold every layer that could be masked; leave some of them out")
         if not self._chosen(student):
             raise ValueError(f"kind: {student.title} has no layer for {self.kind}; choose weights")
 

@@ -37,7 +37,7 @@ class RoiKDTerm(KnowledgeTerm):
         ValueError: a detector without an ROI head, or `levels` are given.
     """
 
-    uses_boxes = True
+    uses_boxes = uses_classes = True
 
     def __init__(
         self,
