@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import students
-from benchmarks import coco_size, detectors, importance, losses, recovery, step_cost, throughput
+from benchmarks import coco_size, detectors, importance, losses, recovery, sparse, step_cost, throughput
 from benchmarks.arms import interval, markdown, replace_section, run_arm
 from distill.config import load_config
 from distill.data import Batch, open_index
@@ -176,7 +176,8 @@ def test_importances_are_held_against_what_channels_add():
     # added for the MACs 0.3 0.1 0.09 0.0089, scores for them 3 1 0.9 0.089, undivided 3 1 9 8
     assert found["group_fisher"]["macs"] == 1
     assert found["group_fisher"]["undivided_macs"] == pytest.approx(1 - 6 * (4 + 4 + 4 + 4) / 60)
-    assert found["group_fisher"]["memory"] == found["group_fisher"]["undivided_memory"] == 1  # nothing costs less than 1
+    # nothing costs less than 1
+    assert found["group_fisher"]["memory"] == found["group_fisher"]["undivided_memory"] == 1
 
 
 @pytest.mark.slow
@@ -194,6 +195,29 @@ def test_a_seed_of_importances_is_measured_once(settings, tmp_path, monkeypatch)
     assert "`random`, divided" in importance.table_per([importance.correlate(found)])
     monkeypatch.setattr(importance, "try_channels", None)
     assert importance.kept_trials(folder, channels=2, batches=1, seed=0) == found
+
+
+@pytest.mark.slow
+def test_students_are_cut_as_they_were_trained(settings, tmp_path):
+    settings |= {"teacher": None, "losses": {}, "pruning": None, "train": {"epochs": 2}}
+    config = tmp_path / "a.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    folder = tmp_path / "out"
+    run_arm(folder, str(config), sparse.overrides_of(0.1))
+    kept = (folder / "student" / "model.safetensors").read_bytes()
+    found = sparse.cut_after(folder, [30, 50])
+    assert 0.45 < found["left"]["50"] <= 0.5 < found["left"]["30"] <= 0.7
+    assert 0 <= found["small"] <= 1 and all(0 <= ap <= 1 for ap in (found["ap"], *found["ap_after"].values()))
+    assert (folder / "student" / "model.safetensors").read_bytes() == kept
+
+
+def test_sparse_students_make_a_row_a_rate():
+    runs = [{"ap": ap, "small": 0.5, "ap_after": {"30": ap, "50": 0.1}, "left": {}} for ap in (0.3, 0.4)]
+    rows = sparse.table({"0": runs, "0.01": runs[:1]}, [30, 50]).splitlines()
+    # 12.7 of one degree of freedom, as 0.3 and 0.4 differ by 10 points: 12.706 * 7.07 / sqrt(2)
+    assert rows[2] == "| none | 50% | 35.0 +- 63.5 | 35.0 +- 63.5 | 10.0 +- 0.0 |"
+    assert rows[3] == "| 0.01 | 50% | 30.0 | 30.0 | 10.0 |"
+    assert sparse.overrides_of(0)[-1] == "pruning=null"
 
 
 @pytest.mark.slow
