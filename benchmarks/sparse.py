@@ -39,10 +39,10 @@ PLAIN = ["teacher=null", "losses={}"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.01], help="of sparsity.scales")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.005], help="of sparsity.scales")
     parser.add_argument("--removed", nargs="+", type=int, default=[30, 50], metavar="PERCENT", help="of the MACs")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--output", type=Path, default=Path("runs/sparse"))
     args = parser.parse_args()
     output, results = args.output.resolve(), {f"{rate:g}": [] for rate in args.rates}
