@@ -266,8 +266,8 @@ def section(results: Sequence[dict[str, dict[str, float]]], args: argparse.Names
     return f"""Spearman's correlation with the loss that is really added, on 80 validation images, when one channel is
 cut. The quickstart's student learnt from the quickstart's teacher for {taught}; {args.channels} channels of
 each of its groups were taken out, one at a time. *Within a group* is the mean over groups; *over all groups* compares
-all channels at once, as `ranking: global` does; both with the task's loss. *Task and knowledge* is over all groups, too,
-with the loss that was trained. Gradients are those of that loss, or, where it says *task alone*, those of
+all channels at once, as `ranking: global` does; both with the task's loss. *Task and knowledge* is over all groups,
+too, with the loss that was trained. Gradients are those of that loss, or, where it says *task alone*, those of
 `knowledge: false`. Mean over {seeds} and its 95% interval:
 
 {table(results)}
