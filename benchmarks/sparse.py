@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # in this folder, `losses` would be a benchmark
 
 import students
-from benchmarks.arms import markdown, points, run_arm, setting
+from benchmarks.arms import markdown, run_arm, setting
 from benchmarks.cut import cut
 from distill import factory
 from distill.config import check_config, read_yaml
@@ -40,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.005], help="of sparsity.scales")
-    parser.add_argument("--removed", nargs="+", type=int, default=[30, 50], metavar="PERCENT", help="of the MACs")
+    parser.add_argument("--removed", nargs="+", type=int, default=[30, 50, 70], metavar="PERCENT", help="of the MACs")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--output", type=Path, default=Path("runs/sparse"))
@@ -85,12 +84,15 @@ def cut_after(folder: Path, removed: Sequence[int]) -> dict[str, Any]:
 
 
 def table(results: dict[str, list[dict[str, Any]]], removed: Sequence[int]) -> str:
-    """A row a rate; AP in points."""
+    """A row a rate, AP in points; of every seed, as two or three have no spread to speak of."""
     rows = []
     for rate, seeds in results.items():
-        after = [points([run["ap_after"][f"{percent}"] for run in seeds]) for percent in removed]
-        small = f"{mean(run['small'] for run in seeds):.0%}"
-        rows.append(["none" if rate == "0" else rate, small, points([run["ap"] for run in seeds]), *after])
+        uncut, *after = (
+            ", ".join(f"{100 * ap:.1f}" for ap in aps)
+            for aps in zip(*([run["ap"], *(run["ap_after"][f"{percent}"] for percent in removed)] for run in seeds))
+        )
+        small = ", ".join(f"{run['small']:.0%}" for run in seeds)
+        rows.append(["none" if rate == "0" else rate, small, uncut, *after])
     cuts = [f"-{percent}% MACs" for percent in removed]
     return markdown(["`sparsity.scales`", "scales below 0.01", "AP uncut", *cuts], rows)
 
