@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import students
 from benchmarks.arms import interval, markdown, run_arm
-from benchmarks.importance import task_loss
+from benchmarks.importance import mean_loss
 from distill import factory
 from distill.config import check_config, read_yaml
 from distill.distiller import Distiller
@@ -134,10 +134,10 @@ def losses_after(folder: Path) -> dict[str, float]:
     def loss(change: Callable[[Distiller], None]) -> float:
         trial = copy.deepcopy(unit)
         change(trial)
-        return task_loss(trial, val)
+        return mean_loss(trial, val).task
 
     return {
-        "uncut": task_loss(unit, val),
+        "uncut": mean_loss(unit, val).task,
         "cut": loss(lambda trial: cut(trial, plan, {})),
         "cut, folded": loss(lambda trial: cut(trial, plan, offsets)),
         "cut, re-estimated": loss(lambda trial: cut(trial, plan, {}, images)),

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import students
-from benchmarks import coco_size, detectors, importance, losses, recovery, step_cost, throughput
+from benchmarks import coco_size, detectors, importance, losses, recovery, sparse, step_cost, throughput
 from benchmarks.arms import interval, markdown, replace_section, run_arm
 from distill.config import load_config
 from distill.data import Batch, open_index
@@ -119,10 +119,10 @@ def test_what_nothing_listens_to_adds_no_loss(build_tiny, images, targets):
     with torch.no_grad():
         unit.student.head.class_logits.weight[:, 3] = 0
         unit.student.head.class_logits.weight[:, 4] = 5
-    before = importance.task_loss(unit, batches)
-    assert importance.added_loss(unit, group, 3, batches, before) == pytest.approx(0, abs=1e-5)
-    assert abs(importance.added_loss(unit, group, 4, batches, before)) > 1e-3
-    assert importance.task_loss(unit, batches) == before
+    before = importance.mean_loss(unit, batches).task
+    after = [importance.mean_loss(importance.without(unit, group, channel), batches).task for channel in (3, 4)]
+    assert after[0] == pytest.approx(before, abs=1e-5) and abs(after[1] - before) > 1e-3
+    assert importance.mean_loss(unit, batches).task == before
 
 
 def test_what_was_measured_so_far_makes_the_page():
@@ -160,6 +160,66 @@ def test_spearman_compares_ranks():
     # ranks 1 2 3 and 1 3 2: 1 - 6 (0 + 1 + 1) / (3 * 8)
     assert importance.spearman([0.1, 0.2, 9.0], [1.0, 3.0, 2.0]) == pytest.approx(0.5)
     assert importance.spearman([1.0, 1.0, 1.0], [1.0, 3.0, 2.0]) == 0.0
+
+
+def test_importances_are_held_against_what_channels_add():
+    scores = {"random": [1.0, 2.0], "group_fisher": [3.0, 1.0]}
+    costs = {"macs": [1.0, 1.0], "memory": [0.0, 0.0]}
+    first = importance.Trials("a", [0, 5], [0.3, 0.1], [0.1, 0.3], costs, scores)
+    scores = {"random": [3.0, 4.0], "group_fisher": [9.0, 8.0]}
+    costs = {"macs": [10.0, 90.0], "memory": [1.0, 1.0]}
+    second = importance.Trials("b", [1, 2], [0.9, 0.8], [0.8, 0.9], costs, scores)
+    found = importance.correlate([first, second])
+    assert found["random"]["within"] == pytest.approx(-1) and found["group_fisher"]["within"] == pytest.approx(1)
+    # ranks 2 1 4 3 of the task, 1 2 3 4 of what is trained
+    assert found["random"]["across"] == pytest.approx(1 - 6 * 4 / 60) and found["random"]["trained"] == 1
+    assert found["group_fisher"]["across"] == 1 and found["group_fisher"]["trained"] == pytest.approx(1 - 6 * 4 / 60)
+    # added for the MACs 0.3 0.1 0.09 0.0089, scores for them 3 1 0.9 0.089, undivided 3 1 9 8
+    assert found["group_fisher"]["macs"] == 1
+    assert found["group_fisher"]["undivided_macs"] == pytest.approx(1 - 6 * (4 + 4 + 4 + 4) / 60)
+    # nothing costs less than 1
+    assert found["group_fisher"]["memory"] == found["group_fisher"]["undivided_memory"] == 1
+
+
+@pytest.mark.slow
+def test_a_seed_of_importances_is_measured_once(settings, tmp_path, monkeypatch):
+    config = tmp_path / "a.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    folder = importance.distil(tmp_path / "out", str(config), [], epochs=2, seed=0)
+    found = importance.kept_trials(folder, channels=2, batches=1, seed=0)
+    assert all(len(group.channels) == 2 and set(group.scores) == set(importance.ROWS) for group in found)
+    assert all(group.costs["macs"][0] > group.costs["memory"][0] > 0 for group in found)
+    assert any(group.task != group.trained for group in found)
+    assert any(group.scores["taylor"] != group.scores["taylor, task alone"] for group in found)
+    text = importance.table([importance.correlate(found)])
+    assert text.count("\n") == 2 + len(importance.ROWS) and "| `taylor`, task alone | " in text
+    assert "`random`, divided" in importance.table_per([importance.correlate(found)])
+    monkeypatch.setattr(importance, "try_channels", None)
+    assert importance.kept_trials(folder, channels=2, batches=1, seed=0) == found
+
+
+@pytest.mark.slow
+def test_students_are_cut_as_they_were_trained(settings, tmp_path):
+    settings |= {"teacher": None, "losses": {}, "pruning": None, "train": {"epochs": 2}}
+    config = tmp_path / "a.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    folder = tmp_path / "out"
+    run_arm(folder, str(config), sparse.overrides_of(0.1))
+    kept = (folder / "student" / "model.safetensors").read_bytes()
+    found = sparse.cut_after(folder, [30, 50])
+    assert 0.45 < found["left"]["50"] <= 0.5 < found["left"]["30"] <= 0.7
+    assert 0 <= found["small"] <= 1 and all(0 <= ap <= 1 for ap in (found["ap"], *found["ap_after"].values()))
+    assert (folder / "student" / "model.safetensors").read_bytes() == kept
+
+
+def test_sparse_students_make_a_row_a_rate():
+    runs = [{"ap": ap, "small": 0.5, "ap_after": {"30": ap, "50": 0.1}, "left": {}} for ap in (0.3, 0.4)]
+    rows = sparse.table({"0": runs, "0.01": runs[:1]}, [30, 50]).splitlines()
+    assert rows[2:] == [
+        "| none | 50%, 50% | 30.0, 40.0 | 30.0, 40.0 | 10.0, 10.0 |",
+        "| 0.01 | 50% | 30.0 | 30.0 | 10.0 |",
+    ]
+    assert sparse.overrides_of(0)[-1] == "pruning=null"
 
 
 @pytest.mark.slow
