@@ -8,6 +8,7 @@ Leaves sensitivity.csv, which pruning.sensitivity takes, and sensitivity.png.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +108,8 @@ def measure(detector: Detector, config: Config, kind: str, importance: str) -> l
         raise UserError(f"--importance: {error}") from None
     worth = worth_by_ap(data.val) if kind == "ap" else worth_by_loss(data.val, device)
     uncut = worth(unit.student)
+    if uncut == -math.inf:
+        raise UserError("the detector's loss on val is no number before any cut; give one that was trained well")
     rows = []
     with Report().progress(len(groups), "groups") as bar:
         for row in scan(unit, groups, scores, lambda trial: uncut - worth(trial), SHARES):
@@ -117,14 +120,15 @@ def measure(detector: Detector, config: Config, kind: str, importance: str) -> l
 
 
 def worth_by_loss(split: factory.Split, device: torch.device) -> Callable[[Detector], float]:
-    """Less the mean loss over a split's batches."""
+    """Less the mean loss over a split's batches; minus infinity where that is no number."""
     batches = [batch._replace(images=batch.images.to(device)) for batch in split.loader if len(batch.images)]
 
     @torch.no_grad()
     def worth(detector: Detector) -> float:
         with eval_mode(detector):
             losses = [sum(detector.loss(detector(batch.images), batch.targets).values()) for batch in batches]
-        return -float(torch.stack(losses).mean())
+        loss = float(torch.stack(losses).mean())
+        return -loss if math.isfinite(loss) else -math.inf
 
     return worth
 

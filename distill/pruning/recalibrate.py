@@ -17,7 +17,8 @@ PIXELS = 3_000_000  # of images, which is 8 of 640x640
 def recalibrate_batch_norms(detector: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replaces the running statistics of every batch norm by those of a few batches, all weighted alike.
 
-    Nothing else changes: weights, modes, and the momentum that training goes on with. Every rank must be given the same
+    Nothing else changes: weights, modes, and the momentum that training goes on with. Norms that see nothing, such as
+    where no image could be read, keep what they have. Every rank must be given the same
     batches, and then ends with the same statistics.
 
     Args:
@@ -34,15 +35,18 @@ def recalibrate_batch_norms(detector: nn.Module, batches: Iterable[Tensor]) -> N
 
 @contextmanager
 def _cumulative(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    before = [(norm.momentum, norm.training, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, norm.training, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True  # None: a plain mean over all batches
     try:
         yield
     finally:
-        for norm, (momentum, training, tracked) in zip(norms, before):
+        for norm, (momentum, training, (running_mean, running_var, tracked)) in zip(norms, before):
             norm.momentum, norm.training = momentum, training
+            if not norm.num_batches_tracked:
+                norm.running_mean.copy_(running_mean)
+                norm.running_var.copy_(running_var)
             norm.num_batches_tracked.copy_(tracked)
 
 

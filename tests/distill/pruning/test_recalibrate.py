@@ -24,6 +24,13 @@ def test_running_statistics_are_the_mean_over_batches():
     assert not any(module.training for module in network.modules())
 
 
+def test_what_sees_nothing_keeps_its_statistics():
+    norm = nn.BatchNorm2d(1)
+    norm.running_mean.fill_(99.0)
+    recalibrate_batch_norms(norm, [])
+    assert norm.running_mean.tolist() == [99.0] and norm.num_batches_tracked == 0
+
+
 def test_modes_and_weights_stay_whatever_happens():
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).train()
     network[2].eval()
