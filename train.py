@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from statistics import mean
@@ -242,6 +243,8 @@ def fit(run: Run) -> bool:
 
     surgery = Surgery(run, ema, optimizer, progress)
     compile_parts([student])
+    # of 1x1 convolutions in channels_last, whose weights and gradients lie alike in memory under unlike strides
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     trained, stepper, loader = accelerator.prepare(unit, optimizer, run.data.train.loader)
     evaluate_val = evaluation(run.data.val, accelerator)
     evaluate_test = evaluation(run.data.test, accelerator) if run.data.test is not run.data.val else evaluate_val
