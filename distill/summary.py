@@ -75,7 +75,7 @@ def banner_rows(
             )
             rows |= {f"Levels{of}": pairings} if (pairings := describe_levels(terms)) else {}
     if pruner:
-        rows["Pruning"] = f"to {pruner.target:.0%} of the {pruner.counted_in}, {times(pruner.epochs, 'cut')}"
+        rows["Pruning"] = f"to {pruner.target:.0%} of the {pruner.counted_in}, {_how_cut(config.pruning)}"
         rows["Pruning"] += ", all but the last only set channels to 0" if pruner.soft_epochs else ""
     if config.pruning:
         rows |= _other_pruning(config.pruning)
@@ -84,6 +84,12 @@ def banner_rows(
     )
     rows["Output"] = config.output_dir
     return rows
+
+
+def _how_cut(config: PruningConfig) -> str:
+    """By what channels are chosen, and when."""
+    per = f" per {config.per}" if config.per != "none" else ""
+    return f"by {config.importance}, ranking {config.ranking}{per}, {times(config.cut_epochs, 'cut')}"
 
 
 def _other_pruning(config: PruningConfig) -> dict[str, str]:
@@ -189,7 +195,7 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
         section = PruningConfig(**pruning)
         if section.target is not None:
             rows["Pruning"] = f"to {human_share(section.target)} of the {BUDGETS[section.budget]}, "
-            rows["Pruning"] += f"{section.importance}, {times(section.cut_epochs, 'cut')}"
+            rows["Pruning"] += _how_cut(section)
         rows |= _other_pruning(section)
     train = config.get("train") or {}
     rows["Training"] = f"{train.get('epochs')} epochs, batches of {data.get('batch_size')}, seed {config.get('seed')}"

@@ -14,5 +14,5 @@ from distill.summary import describe_config
 def test_when_is_cut(when, told):
     config = {"student": {"name": "yolov5", "size": "n"}, "pruning": {"target": 0.5, "importance": "lamp", **when}}
     rows = describe_config(config)
-    assert rows["Pruning"] == f"to 50% of the MACs, lamp, {told}"
+    assert rows["Pruning"] == f"to 50% of the MACs, by lamp, ranking uniform, {told}"
     assert rows["Student"] == "yolov5, n"
