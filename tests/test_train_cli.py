@@ -267,7 +267,7 @@ def test_dry_run_builds_everything_and_writes_nothing(run, tmp_path):
         "test_resnet: ",
         "pkd x 0.5 of the task's gradient (warm-up 1.5 epochs, cosine to 0)",
         "attention_transfer x 0.2 of the task's gradient (for the first 4 epochs)",
-        "to 50% of the MACs, by taylor, ranking uniform, 2 cuts",
+        "to 50% of the MACs, by taylor, ranking global, 2 cuts",
     ):
         assert part in out, part
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
