@@ -138,13 +138,13 @@ def overrides_of(arm: Arm, removed: int, epochs: int, folder: Path, seed: int, w
     if arm.cuts == "none":
         scratch = ["student.weights=none"] if arm.scratch else []
         return [*changes, *scratch, "pruning=null", f"widths_of={widths_of / 'student'}"]
-    when = [f"pruning.start={first if arm.cuts == 'gradual' else last}", f"pruning.end={last}"]
+    when = [f"pruning.start={first}", f"pruning.end={last if arm.cuts == 'gradual' else first}"]
     return [*changes, *when, f"pruning.target={1 - removed / 100:g}", "pruning.evaluate=true"]
 
 
 def cut_between(epochs: int) -> tuple[int, int]:
-    """The epochs, counted from 0, before which cuts begin and end; two thirds are left to recover in."""
-    return round(epochs / 9), round(epochs / 3)
+    """The epochs, counted from 0, before which cuts begin and end; all at once they come before the first."""
+    return round(epochs / 3), round(epochs * 5 / 9)
 
 
 def describe(run: RunFolder) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def section(name: str, result: dict[str, Any], seeds: int, epochs: int) -> str:
     first, last = (epoch + 1 for epoch in cut_between(epochs))
     when = f"epochs {first} to {last}" if first < last else f"epoch {first}"
     return f"""{counted(seeds, "seed")}, {counted(epochs, "epoch")} in all. Cuts between epochs come before {when},
-one-shot cuts before epoch {last}. Latency on {counted(torch.get_num_threads(), "thread")} of a CPU.
+one-shot cuts before epoch {first}. Latency on {counted(torch.get_num_threads(), "thread")} of a CPU.
 
 ```
 python benchmarks/recovery.py --sets {name} --seeds {seeds} --epochs {epochs}

@@ -38,10 +38,10 @@ def test_a_section_is_replaced_or_comes_last():
 
 def test_cuts_leave_two_thirds_to_recover_in(tmp_path):
     one, gradual = (recovery.Arm(taught=True, cuts=cuts) for cuts in ("one", "gradual"))
-    assert recovery.cut_between(12) == (1, 4) and recovery.cut_between(18) == (2, 6)
+    assert recovery.cut_between(12) == (4, 7) and recovery.cut_between(18) == (6, 10)
     when = ["pruning.start=4", "pruning.end=4", "pruning.target=0.3"]
     assert set(when) < set(recovery.overrides_of(one, 70, 12, tmp_path, 0, None))
-    assert "pruning.start=1" in recovery.overrides_of(gradual, 70, 12, tmp_path, 0, None)
+    assert "pruning.end=7" in recovery.overrides_of(gradual, 70, 12, tmp_path, 0, None)
 
 
 def test_seeds_are_compared_pair_by_pair():
@@ -265,7 +265,7 @@ def test_ways_to_cut_are_compared_at_equal_macs(settings, tmp_path):
     ours, *_, from_the_start = arms.values()
     assert (from_the_start["macs"], from_the_start["params"]) == (ours["macs"], ours["params"])
     assert from_the_start["ap_right_after"] is None and ours["ap_right_after"] is not None
-    assert "Cuts between epochs come before epoch 1, one-shot" in recovery.section("scenes", result, 1, 3)
+    assert "Cuts between epochs come before epochs 2 to 3, one-shot" in recovery.section("scenes", result, 1, 3)
 
 
 @pytest.mark.slow
