@@ -52,7 +52,8 @@ class ScaledDetector(Detector):
         return self.detector.traced(output, num_boxes)
 
     def deployed(self) -> "ScaledDetector":
-        return ScaledDetector(self.detector.deployed(), self.scale)
+        deployed = self.detector.deployed()
+        return self if deployed is self.detector else ScaledDetector(deployed, self.scale)
 
     @property
     def strides(self) -> tuple[float, ...]:

@@ -1,5 +1,6 @@
 """A few images of the validation split, and what detectors see on them: kept in one file, drawn at any time."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ class Look:
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
-    attention: dict[int, np.ndarray]
+    attention: dict[float, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def look(detector: Detector, samples: list[Sample]) -> list[Look]:
             height, width = sample.meta.valid_size
             attention = {}
             for stride, level in zip(detector.strides, output.features):
-                cells = level[0, :, : -(-height // stride), : -(-width // stride)]
+                cells = level[0, :, : math.ceil(height / stride), : math.ceil(width / stride)]
                 attention[stride] = cells.float().abs().mean(0).cpu().numpy().astype(np.float32)
             boxes, scores, labels = (x[sure].cpu().float().numpy() for x in (found.boxes, found.scores, found.labels))
             looks.append(Look(boxes, scores, labels.astype(np.int64), attention))
@@ -105,7 +106,7 @@ def read_scenes(file: Path) -> tuple[list[Scene], list[str]]:
             looks = {
                 name: Look(
                     *(mine[name, part] for part in ("boxes", "scores", "labels")),
-                    {int(parts[2]): level for parts, level in mine.items() if parts[:2] == (name, "attention")},
+                    {float(parts[2]): level for parts, level in mine.items() if parts[:2] == (name, "attention")},
                 )
                 for name in detectors
             }

@@ -58,7 +58,7 @@ def draw_attention(scenes: list[Scene]) -> Figure | None:
                 extent = (-0.5, level.shape[1] * stride - 0.5, level.shape[0] * stride - 0.5, -0.5)
                 axes.imshow(_spread(level), cmap="inferno", alpha=0.7, extent=extent, interpolation="bilinear")
                 axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    for axes, title in zip(grid[0], ("image", *(f"stride {stride}" for stride in strides))):
+    for axes, title in zip(grid[0], ("image", *(f"stride {stride:g}" for stride in strides))):
         axes.set_title(title, **TITLE)
     return figure
 

@@ -161,7 +161,7 @@ def _squared_norms(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor
 
 def _weights(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of the tensors that a group runs through is a weight, by name."""
-    names = {member.name for member in group.members}
+    names = dict.fromkeys(member.name for member in group.members)  # in their order, so that sums are always the same
     return {name: tensors[name].detach() for name in names if tensors[name].dim() > 1}
 
 

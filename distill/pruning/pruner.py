@@ -1,6 +1,7 @@
 """Decides what a student loses before which epoch, and takes it from everything that follows the student's shape."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -264,6 +265,12 @@ class Pruner:
 
     def _scores(self, unit: Distiller, groups: list[ChannelGroup], evidence: Evidence | None) -> list[Tensor]:
         tensors = named_tensors(unit)
+        if self.importance.measure is None:
+            # an adapter's weights say nothing of the student, and those of a loss that counts nothing must not matter
+            groups = [
+                replace(group, members=tuple(m for m in group.members if m.name.startswith("student.")))
+                for group in groups
+            ]
 
         def score(group: ChannelGroup) -> Tensor:
             try:

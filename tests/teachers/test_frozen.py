@@ -96,6 +96,18 @@ def test_what_is_asked_is_a_copy_without_norms_that_shares_the_rest(build_tiny, 
     assert halves.bytes_held == whole + 2 * (folded + biases)
 
 
+def test_one_that_sees_another_size_stays_as_it_is_too(build_tiny, images):
+    detector = build_tiny()
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    names = list(dict(detector.named_modules()))
+    scaled = ScaledDetector(detector, 2.0)
+    output = Teacher(scaled)(images)
+    with torch.no_grad():
+        assert 0 < largest_difference(output, scaled(images)) < 1e-4
+    assert list(dict(detector.named_modules())) == names
+    assert all(torch.equal(before[name], tensor) for name, tensor in detector.state_dict().items())
+
+
 def channels_last(images):
     return images.contiguous(memory_format=torch.channels_last)
 

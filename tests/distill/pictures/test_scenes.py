@@ -41,8 +41,10 @@ def test_images_with_objects_are_spread_over_the_split(samples, scenes):
     assert [s.meta.file for s in choose_samples(dataset, 2)] == [dataset[i].meta.file for i in (0, 4)]
 
 
-def test_a_look_is_what_is_sure_and_where_the_pyramid_is_active(samples):
+@pytest.mark.parametrize("strides", [(8, 16), (8.0, 16.0)])  # whole ones, and those of a teacher of another image size
+def test_a_look_is_what_is_sure_and_where_the_pyramid_is_active(samples, strides, tmp_path):
     detector = Known().train()
+    detector.strides = strides
     seen = look(detector, samples[:1])[0]
     assert seen.boxes.tolist() == [[1, 2, 30, 40]] and seen.scores.tolist() == pytest.approx([0.9])
     assert seen.labels.tolist() == [1]
@@ -51,6 +53,9 @@ def test_a_look_is_what_is_sure_and_where_the_pyramid_is_active(samples):
     assert np.allclose(seen.attention[8], expected, atol=1e-6)
     assert np.array_equal(seen.attention[16], np.ones((4, 4)))
     assert detector.training and detector.image_sizes == [(64, 64)]
+    np.savez(tmp_path / "scenes.npz", **pack(with_looks(make_scenes(samples[:1]), "teacher", [seen]), []))
+    ((kept,), _) = read_scenes(tmp_path / "scenes.npz")
+    assert list(kept.looks["teacher"].attention) == [8, 16]
 
 
 def test_scenes_come_back_from_their_file(samples, tmp_path):

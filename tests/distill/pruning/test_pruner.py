@@ -45,13 +45,23 @@ def test_the_schedule_is_followed_within_the_rounding(build_unit):
     assert not pruner.plan(unit, 3)
 
 
+@pytest.mark.parametrize("importance", ["group_l1", "group_l2", "fpgm", "lamp"])
+def test_adapters_do_not_say_what_channels_are_worth(build_unit, importance):
+    def kept(unit):
+        plan = pruner_for(unit, importance=importance).plan(unit, 3).below("student.")
+        return {entry: cut.keep for cut in plan.cuts for entry in cut.slices}
+
+    unit = build_unit(channels=32)
+    assert kept(unit) == kept(Distiller(unit.student))
+
+
 def test_all_that_follows_the_student_is_sliced_alike(make_trained, images):
     unit, ema, optimizer, _ = make_trained()
     ema.module.load_state_dict(unit.student.state_dict())
     before = {name: tensor.detach().clone() for name, tensor in named_tensors(unit).items()}
     moments = {name: copy.deepcopy(optimizer.state[p]) for name, p in unit.named_parameters()}
     identities = {id(p) for p in unit.parameters()}
-    plan = pruner_for(unit).plan(unit, 3)
+    plan = pruner_for(unit, target=0.4).plan(unit, 3)
     cut_everywhere(plan, unit, ema, optimizer)
 
     by_tensor = {}
