@@ -399,7 +399,9 @@ def train_epoch(
             bring_forward(step + 1)
             save()
         if due == "stop":
-            run.interruption.stop(f"all {step + 1} steps of the epoch are kept; train.py --resume {folder.outermost}")
+            run.interruption.stop(
+                f"the epoch goes on after {counted(step + 1, 'step')}: train.py --resume {folder.outermost}"
+            )
     check_losses(unit, accelerator, seen, folder.failure_file)
     for line in tell_left_out(unit, accelerator, left_out, folder.failure_file):
         run.report.warn(line)

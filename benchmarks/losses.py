@@ -72,15 +72,27 @@ def main() -> None:
     for name in args.sets:
         _, config, base = SETS[name]
         overrides = base if name == "scenes" else [*base, f"data.root={args.bccd}"]
-        arms = ["plain", *(arm for arm in args.arms if fits(arm, name) and arm != "plain")]
-        cached = sorted({loss for arm in ARMS if fits(arm, name) for loss in ARMS[arm]})
-        result = compare(args.output / name, config, overrides, arms, args.seeds, args.epochs, cached)
+        folder, fitting = args.output / name, [arm for arm in ARMS if fits(arm, name)]
+        arms = [
+            arm
+            for arm in fitting
+            if arm in ("plain", *args.arms)
+            # what was trained before stays in the table
+            or all((place(folder, arm, args.epochs, seed) / "summary.json").is_file() for seed in range(args.seeds))
+        ]
+        cached = sorted({loss for arm in fitting for loss in ARMS[arm]})
+        result = compare(folder, config, overrides, arms, args.seeds, args.epochs, cached)
         result |= {"set": name, "epochs": args.epochs, "seeds": args.seeds}
         results[f"{name}, {args.epochs}"] = result
         args.output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
         write_down(result)
         print(table(result))
+
+
+def place(folder: Path, arm: str, epochs: int, seed: int) -> Path:
+    """Where an arm's run is kept."""
+    return folder / f"{epochs}_epochs" / arm.replace(" ", "") / f"seed{seed}"
 
 
 def fits(arm: str, name: str) -> bool:
@@ -109,8 +121,8 @@ def compare(
         first = [*base, VIEWS, *every, "train.epochs=1", f"seed={seed}", *cache]
         run_arm(folder / "cached" / f"seed{seed}", config, first)
         for arm in arms:
-            place = folder / f"{epochs}_epochs" / arm.replace(" ", "") / f"seed{seed}"
-            run = run_arm(place, config, [*changes[arm], f"seed={seed}", *(cache if ARMS[arm] else [])])["student"]
+            own = [*changes[arm], f"seed={seed}", *(cache if ARMS[arm] else [])]
+            run = run_arm(place(folder, arm, epochs, seed), config, own)["student"]
             for key, values in entries[arm].items():
                 values.append(run[key])
     checked = {arm: check_config(override(read_yaml(ROOT / config), changes[arm]), config) for arm in arms}

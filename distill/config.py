@@ -64,9 +64,10 @@ def override(settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"{item!r}: an override is written key=value, such as train.epochs=20")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{key}: {text!r} is not a YAML value; quote it") from None
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            twice = isinstance(error, yaml.constructor.ConstructorError) and error.problem
+            raise UserError(f"{key}: {twice or f'{text!r} is not a YAML value; quote it'}") from None
         section = settings
         *parents, leaf = key.split(".")
         for i, parent in enumerate(parents):
@@ -133,6 +134,8 @@ def explain(error: ValidationError) -> str:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         keys = f"keys of its own: {', '.join(within)}" if within else "keys of its own such as in configs/*.yaml"
         return f"{key}: found {value!r}; a section is needed, with {keys}{more}"
+    if kind == "list_type" and not isinstance(value, dict):
+        return f"{key}: found {value!r}; a list is needed, such as [{value}]{more}"
     if kind == "value_error":
         return f"{key + ': ' if key else ''}{found['ctx']['error']}{more}"
     message = found["msg"][0].lower() + found["msg"][1:]

@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from distill.combiner import GRADIENT, gradient_norms
 from distill.data import Batch
-from distill.distiller import Distiller
+from distill.distiller import Distiller, count_labelled
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.run import Run
 from distill.run_folder import RunFolder
 from distill.schema import Config
+from distill.terms import KnowledgeTerm
 from teachers import Teacher, label_images
 
 
@@ -35,7 +36,7 @@ def look_at_losses(run: Run) -> list[str]:
     found = check_terms(run.unit, run.teachers, batch, settings.dominates, alike) if batch else {}
     if batch is None:
         run.report.warn(
-            f"losses: on {run.config.data.batch_size * 8} training images there is no object, neither labelled nor "
+            "losses: on the training images that were looked at there is no object, neither labelled nor "
             "detected by a teacher, so whether each loss teaches was not looked at; where images have no labels, lower "
             "data.unlabelled.score_threshold"
         )
@@ -134,31 +135,41 @@ def check_terms(
 
 
 def tell_blind(unit: Distiller, teachers: Mapping[str, Teacher], batches: Iterable[Batch]) -> list[str]:
-    """A line for each loss that learns from its teacher's detections, where these images show none: it would learn that
-    all is background, as strongly as from a teacher that sees."""
-    combiner, seen = unit.combiner, 0
+    """A line for each loss that goes by its teacher's detections, where these images show none: it would learn that all
+    is background, as strongly as from a teacher that sees. Losses that go by boxes do so where there are no labels."""
+    combiner = unit.combiner
     with combiner.at_most():
         waiting = {
-            name: term.score_threshold
+            name: unit.score_threshold if term.score_threshold is None else term.score_threshold
             for name, term in unit.terms.items()
-            if term.score_threshold is not None and combiner.weight(name)
+            if (term.score_threshold is not None or term.uses_boxes) and combiner.weight(name)
         }
+    seen = dict.fromkeys(waiting, 0)
     for batch in batches if waiting else ():
-        size, seen = tuple(batch.images.shape[-2:]), seen + len(batch.images)
+        size, labelled = tuple(batch.images.shape[-2:]), count_labelled(batch.targets)
         for name, least in list(waiting.items()):
+            images = batch.images[labelled if unit.terms[name].score_threshold is None else 0 :]
+            if not len(images):
+                continue
+            seen[name] += len(images)
             teacher = teachers[unit.taught_by[name]]
             with torch.no_grad():
-                found = label_images(teacher.detector, teacher(batch.images), size, least)
+                found = label_images(teacher.detector, teacher(images), size, least)
             if any(len(target["labels"]) for target in found):
                 del waiting[name]
-        if not waiting:
-            break
     return [
         f"losses.{name}: {Config.teacher_key(unit.taught_by[name])} detects nothing with a score of {least:g} or more "
-        f"on {seen} training images, so it teaches that all is background; lower losses.{name}.score_threshold, or "
-        "take a teacher that knows such images"
+        f"on {seen[name]} {'unlabelled' if unit.terms[name].score_threshold is None else 'training'} images, so it "
+        f"teaches that all is background; lower {_threshold_of(unit.terms[name], name)}, or take a teacher that knows "
+        "such images"
         for name, least in waiting.items()
+        if seen[name]
     ]
+
+
+def _threshold_of(term: KnowledgeTerm, name: str) -> str:
+    """The setting that says how sure the teacher must be of what a loss goes by."""
+    return "data.unlabelled.score_threshold" if term.score_threshold is None else f"losses.{name}.score_threshold"
 
 
 def check_losses(unit: Distiller, accelerator: Accelerator, seen: Iterable[tuple[int, list[str]]], file: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 from torch import nn
 
 from distill.schema.base import Count, ImageSize, NotNegative, Positive, Section, Seed, Share
@@ -174,7 +174,7 @@ class Config(Section):
     teachers: dict[str, TeacherConfig] = {}  # several in place of one, by name; each loss says whose it is
     inherit: list[str] = []  # parts that the student starts with from the (first) teacher, such as [neck, head]
     widths_of: str | None = None  # a detector folder: the student starts as narrow as that one
-    losses: dict[str, LossConfig] = {}
+    losses: dict[str, LossConfig] = {}  # losses.NAME: null leaves one of a recipe's out
     # how the losses' weights are meant, see distill.combiner; none without labelled images, which leave no task
     balance: Literal["none", "gradient"] = "gradient"
     guards: GuardConfig = GuardConfig()
@@ -198,6 +198,14 @@ class Config(Section):
     def teacher_of(self, loss: str) -> str:
         """The name of the teacher that a loss belongs to."""
         return self.losses[loss].teacher or next(iter(self.all_teachers))
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        """`losses.NAME=null` leaves a recipe's loss out, `losses=null` all of them."""
+        if isinstance(value, dict):
+            return {name: loss for name, loss in value.items() if loss is not None}
+        return {} if value is None else value
 
     @model_validator(mode="before")
     @classmethod

@@ -109,8 +109,9 @@ def _like_heads(student: Detector, teacher: Detector) -> list[DenseHead]:
     if ours is not theirs or not issubclass(ours, DenseHead):
         has, have = (kind.__name__ if issubclass(kind, DenseHead) else "none" for kind in (ours, theirs))
         raise ValueError(
-            f"name: cross_kd sends features from one dense head through another of its kind; the student has {has}, "
-            f"the teacher {have}; choose pseudo_label, which fits any pair"
+            f"name: cross_kd sends features from one head of students.dense_head through another of its kind; the "
+            f"student has {has}, the teacher {have}; choose dense_sigmoid and box_mimic where both predict at the "
+            "same places, or pseudo_label, which fits any pair"
         )
     return heads
 

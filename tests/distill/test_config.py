@@ -61,6 +61,7 @@ def test_an_override_changes_one_of_two_that_share_a_section(write):
         ("epochs", "'epochs': an override is written key=value, such as train.epochs=20"),
         ("=3", "'=3': an override is written key=value, such as train.epochs=20"),
         ("data.classes=[a", "data.classes: '[a' is not a YAML value; quote it"),
+        ("losses={a: {name: cwd}, a: {name: pkd}}", "losses: a stands here twice"),
         ("output_dir.x=1", "output_dir.x: output_dir is a single value and has no keys below it"),
     ],
 )
@@ -102,6 +103,7 @@ def test_overrides_that_are_none(write, override, message):
             "losses.feature_mimic.schedule=cosine",
             "losses.feature_mimic.schedule: found 'cosine'; a section is needed, with keys of its own: shape, final, ",
         ),
+        ("inherit=neck", "inherit: found 'neck'; a list is needed, such as [neck]"),
         ("losses.feature_mimic.levels=[P3,P3]", "losses.feature_mimic.levels: found [P3, P3]; name each once"),
         ("losses.it={name: CWD}", "losses.it: name 'CWD' is not allowed, did you mean cwd; choose"),
         ("losses.it={name: dense_sigmoid, beta: 0.5}", "losses.it.beta: found 0.5; between 0 and 1 the gradient"),
@@ -391,6 +393,11 @@ def test_runs_that_come_to_the_same_end(settings):
     assert not alike({"balance": "gradient"}, {"balance": "none"})
     plain = {"teacher": None, "losses": {}}
     assert alike(plain | {"balance": "gradient"}, plain | {"balance": "none", "guards": {"dominating_term": "skip"}})
+
+
+def test_a_loss_of_a_recipe_is_left_out_by_null(write):
+    assert set(load_config(write(), ["losses.soft_label=null"]).losses) == {"box", "feature_mimic", "fpn_attention"}
+    assert load_config(write(), ["losses=null", "teacher=null"]).losses == {}
 
 
 def test_without_labelled_images_there_is_nothing_to_balance_with(settings):

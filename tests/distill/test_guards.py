@@ -18,7 +18,7 @@ from distill.guards import (
     tell_blind,
     tell_left_out,
 )
-from distill.terms import AttentionTransferTerm, KnowledgeTerm, MGDTerm, PKDTerm, PseudoLabelTerm
+from distill.terms import AttentionTransferTerm, FGDTerm, KnowledgeTerm, MGDTerm, PKDTerm, PseudoLabelTerm
 from teachers import Teacher
 
 
@@ -91,6 +91,17 @@ def test_a_teacher_that_detects_nothing_is_told(make, batch):
     assert line.startswith("losses.it: teacher detects nothing with a score of 0.99 or more on 4 training images")
     unit.combiner.weights["it"] = 0.0
     assert tell_blind(unit, teachers, [batch]) == []
+
+
+def test_so_is_one_that_labels_what_nobody_has_labelled(make, batch):
+    unit, teachers = make(FGDTerm, score_threshold=0.99)
+    assert tell_blind(unit, teachers, [batch]) == []  # all are labelled
+    half = batch._replace(targets=[batch.targets[0], None])
+    (line,) = tell_blind(unit, teachers, [half, half])
+    assert "detects nothing with a score of 0.99 or more on 2 unlabelled images, so" in line
+    assert "; lower data.unlabelled.score_threshold, or " in line
+    unit.score_threshold = 0.0
+    assert tell_blind(unit, teachers, [half]) == []
 
 
 def test_a_term_that_dominates_is_named_with_a_weight_that_fits(make, batch):
