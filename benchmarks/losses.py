@@ -214,13 +214,13 @@ def table(result: dict[str, Any]) -> str:
     plain_ap, _ = interval(plain["ap"])
     rows = [["teacher", f"{100 * teacher:.1f}", f"{100 * result['teacher']['ap50']:.1f}", "", "", ""]]
     for arm, entry in sorted(arms.items(), key=lambda item: -interval(item[1]["ap"])[0]):
-        ap, _ = interval(entry["ap"])
+        closed = (interval(entry["ap"])[0] - plain_ap) / (teacher - plain_ap) if teacher > plain_ap else None
         rows.append(
             [
                 arm,
                 points(entry["ap"]),
                 f"{100 * mean(entry['ap50']):.1f}",
-                "" if entry is plain or teacher <= plain_ap else f"{(ap - plain_ap) / (teacher - plain_ap):.0%}",
+                "" if entry is plain or closed is None else f"{round(closed, 2) + 0.0:.0%}",  # and never -0%
                 f"{entry['seconds'] / plain['seconds']:.2f}x",
                 f"{entry['kept_mib'] / plain['kept_mib']:.2f}x",
             ]
